@@ -1,0 +1,42 @@
+# The same commands a person and continuous integration run.
+PY ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-all check format base-model bench gpu clean
+
+setup: .venv/.ok
+
+.venv/.ok: pyproject.toml constraints.txt
+	$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"longforge needs Python 3.11 to 3.13, and $(PY) is {v[0]}.{v[1]}: say make PY=python3.12")'
+	$(PY) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/longforge forge run src/longforge/forge/configs/demo.toml --out runs/demo --replace
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: setup
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: setup
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts
+
+base-model: setup
+	$(BIN)/python scripts/base_model.py
+
+clean:
+	rm -rf .venv .cache build dist

@@ -1,0 +1,69 @@
+"""The one family of errors.
+
+    LongforgeError            anything we raise on purpose; the command prints one line and exits 2
+    ├── ConfigError           a configuration value or key
+    ├── CheckpointError       a model folder: missing, truncated, wrong shape, unknown architecture
+    ├── InputError            an argument of a public function or a command
+    │   └── ContextOverflow   a prompt that does not fit the model's context
+    ├── UnsupportedField      a request field or option that we know and do not serve
+    ├── EngineError           the engine cannot do what was asked in its present state
+    ├── ToolError             a tool call of the agent that was refused (path outside the tree, bad range)
+    └── RunError              a run folder: in use, not a run, not resumable
+
+A message is one line: the thing, what was expected, what came, what to do.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextOverflow",
+    "EngineError",
+    "InputError",
+    "LongforgeError",
+    "RunError",
+    "ToolError",
+    "UnsupportedField",
+]
+
+
+class LongforgeError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(LongforgeError):
+    """A configuration key or value is wrong."""
+
+
+class CheckpointError(LongforgeError):
+    """A model folder cannot be read or written."""
+
+
+class InputError(LongforgeError):
+    """An argument is outside what the function or command accepts."""
+
+
+class ContextOverflow(InputError):
+    """A prompt (plus what it asks to generate) is longer than the model's context."""
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+        super().__init__(
+            f"prompt: at most {context} tokens fit the context, got {prompt_tokens}; shorten the conversation"
+        )
+
+
+class UnsupportedField(LongforgeError):
+    """A request field that this server does not serve. It is refused, never ignored."""
+
+
+class EngineError(LongforgeError):
+    """The engine cannot do what was asked in its present state."""
+
+
+class ToolError(LongforgeError):
+    """A tool call of an agent was refused."""
+
+
+class RunError(LongforgeError):
+    """A run folder is in use, is not a run, or cannot be resumed."""

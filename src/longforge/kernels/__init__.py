@@ -1,0 +1,1 @@
+"""One folder per operation: `api` (the public function), `reference` (the specification), backends, `cases`."""
