@@ -1,0 +1,80 @@
+"""The public door of the index loss."""
+
+import torch
+from torch import Tensor
+
+from longforge.errors import InputError
+from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
+from longforge.kernels.index_loss import reference
+from longforge.kernels.layout import PackedLayout
+from longforge.kernels.sparse_attention.api import check_heads
+
+__all__ = ["BACKENDS", "index_loss"]
+
+BACKENDS = {"reference": reference.index_loss}
+
+
+def index_loss(
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    blocks: Tensor | None,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    index_scale: float | None = None,
+    weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """KL(teacher || student) over the support, averaged over weighted tokens and groups (MSA paper eq. 9-11).
+
+    Support: the visible tokens of the selected blocks; with blocks=None the whole prefix (warm-up). Student:
+    softmax(index_scale index_q.index_k). Teacher: the arithmetic mean over the group's G query heads of
+    softmax(scale q.k), each normalised on the support; a constant: no gradient reaches q or k_pages.
+
+    index_q        [N, Hkv, Di]         index_k_pages  [S, Bk, Di]
+    q              [N, Hq, D]           k_pages        [S, Bk, Hkv, D]
+    blocks         int32 [N, Hkv, K] as `select_blocks` returns them, or None
+    scale          default D ** -0.5    index_scale    default Di ** -0.5
+    weights        [N] of at least 0, default 1: how often a token counts. The divisor is sum(weights) * Hkv; with no
+                   weight at all the loss is 0.
+    Returns a scalar, fp32 (fp64 for fp64 inputs). Raises InputError for shapes that do not fit together.
+    """
+    name = "index_loss"
+    check_shape(name, "index_q", index_q, (q.shape[0], None, None), "[N, Hkv, Di]")
+    check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
+    check_same_kind(name, index_q=index_q, index_k_pages=index_k_pages, q=q, k_pages=k_pages)
+    check_layout(name, layout, q.shape[0])
+    check_pages(name, "k_pages", k_pages, layout)
+    check_heads(name, q, k_pages)
+    groups = k_pages.shape[2]
+    check_shape(name, "index_q", index_q, (None, groups, None), "[N, Hkv, Di]")
+    wanted = (k_pages.shape[0], k_pages.shape[1], index_q.shape[2])
+    check_shape(name, "index_k_pages", index_k_pages, wanted, "[S, Bk, Di]")
+    if blocks is not None:
+        check_shape(name, "blocks", blocks, (q.shape[0], groups, None), "[N, Hkv, K]")
+    weights = _checked_weights(weights, q)
+    compute = choose_backend(name, BACKENDS, backend, q.device)
+    return compute(
+        index_q,
+        index_k_pages,
+        q.detach(),
+        k_pages.detach(),
+        blocks,
+        layout,
+        q.shape[2] ** -0.5 if scale is None else scale,
+        index_q.shape[2] ** -0.5 if index_scale is None else index_scale,
+        weights,
+    )
+
+
+def _checked_weights(weights: Tensor | None, q: Tensor) -> Tensor:
+    """[N] in the dtype of the computation."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if weights is None:
+        return torch.ones(q.shape[0], dtype=dtype, device=q.device)
+    check_shape("index_loss", "weights", weights, (q.shape[0],), "[N]")
+    if weights.numel() and not float(weights.detach().min()) >= 0:
+        raise InputError(f"index_loss: weights of at least 0 expected, got {float(weights.min())}")
+    return weights.detach().to(device=q.device, dtype=dtype)
