@@ -10,8 +10,8 @@ Forge's rule (M2 report, arXiv 2605.26494, section 6.2, and the Forge post of 20
 Two promises follow, and the tests hold them:
 
 - at most W - 1 younger groups are pulled before the head is;
-- a group is pulled at most floor((B + W - 2) / P) pulls of P groups after it was submitted: when it is submitted,
-  at most B - 1 older groups hold slots, and at most W - 1 younger ones can pass it.
+- a group is pulled at most floor((B + W - 2) / P) pulls of P groups after it was submitted: when it is
+  submitted, at most B - 1 older groups hold slots, and at most W - 1 younger ones can pass it.
 
 `WindowedFifo` looks at no more than the window per group; `PlainWindow` says the same in the obvious way.
 """
