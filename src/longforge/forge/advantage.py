@@ -12,8 +12,8 @@ def group_advantages(rewards: Sequence[float], *, normalise: bool = False) -> tu
     """A_i = r_i - mean(r); with `normalise`, divided by the group's standard deviation (population).
 
     The mean of the group is the trajectory-level baseline (M2 report, section 6.1): one advantage per
-    episode, which reaches every token of every call of it. Dividing by the deviation is GRPO's form; it weighs nearly
-    solved and nearly hopeless tasks up, and is off by default.
+    episode, which reaches every token of every call of it. Dividing by the deviation is GRPO's form; it
+    weighs nearly solved and nearly hopeless tasks up, and is off by default.
     """
     mean = sum(rewards) / len(rewards)
     centred = [r - mean for r in rewards]

@@ -4,9 +4,10 @@ MiniMax-M1 (arXiv 2506.13585) and the M2 report, section 6.1. Maximise
 
     J = sum_e w_e * sg(min(r_e, 1 + eps_high)) * A_e * log pi(target_e | row_e),   r_e = pi / pi_old
 
-over loss edges e = (row of logits, target id, weight): no token is dropped, the weight is clipped above and
-carries no gradient. w_e = 1 / (sampled tokens of the batch), or of the edge's group with every group equal.
-The lower bound of the clip is 0 and so never binds; eps_high is not published; 4 (a range of [0, 5]) is a common choice elsewhere.
+over loss edges e = (row of logits, target id, weight): no token is dropped, the importance weight is clipped
+above and carries no gradient. w_e = 1 / (sampled tokens of the batch), or of the edge's group with every group
+equal. The lower bound of the clip is 0 and so never binds. eps_high is not published; 4, a range of [0, 5], is
+common elsewhere.
 """
 
 from dataclasses import dataclass
@@ -14,26 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CispoStats", "Edges", "cispo_loss", "edge_logprobs"]
-
-
-@dataclass(frozen=True)
-class Edges:
-    """Loss terms of a packed batch. E sampled tokens; an edge is (query row, target id, weight)."""
-
-    rows: Tensor
-    """int64 [E], packed row whose logits predict the target."""
-    targets: Tensor
-    """int64 [E], the id that was sampled there."""
-    weights: Tensor
-    """fp32 [E], share of the edge in the mean."""
-    advantages: Tensor
-    """fp32 [E], advantage of the episode that the token belongs to."""
-    old_logprobs: Tensor
-    """fp32 [E], log-probability under the weights that sampled the token."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
+__all__ = ["CispoStats", "cispo_loss", "edge_logprobs"]
 
 
 @dataclass(frozen=True)
