@@ -4,10 +4,10 @@ MiniMax-M1 (arXiv 2506.13585) and the M2 report, section 6.1. Maximise
 
     J = sum_e w_e * sg(min(r_e, 1 + eps_high)) * A_e * log pi(target_e | row_e),   r_e = pi / pi_old
 
-over loss edges e = (row of logits, target id, weight): no token is dropped, the importance weight is clipped
-above and carries no gradient. w_e = 1 / (sampled tokens of the batch), or of the edge's group with every group
-equal. The lower bound of the clip is 0 and so never binds. eps_high is not published; 4, a range of [0, 5], is
-common elsewhere.
+over loss edges e = (row of logits, target id, weight): no token is dropped, the importance weight is
+clipped above and carries no gradient. w_e = 1 / (sampled tokens of the batch), or of the edge's group with
+every group equal. The lower bound of the clip is 0 and so never binds. eps_high is not published; 4, a
+range of [0, 5], is common elsewhere.
 """
 
 from dataclasses import dataclass
