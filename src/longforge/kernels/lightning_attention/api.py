@@ -1,0 +1,68 @@
+"""The public door of lightning attention."""
+
+import torch
+from torch import Tensor
+
+from longforge.errors import InputError
+from longforge.kernels.checks import check_layout, check_same_kind, check_shape, choose_backend
+from longforge.kernels.layout import PackedLayout
+from longforge.kernels.lightning_attention import reference
+
+__all__ = ["BACKENDS", "lightning_attention"]
+
+BACKENDS = {"reference": reference.lightning_attention}
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_slopes: Tensor,
+    layout: PackedLayout,
+    *,
+    states: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention with a fixed decay: S_t = exp(-s) S_(t-1) + k_t v_t^T, o_t = q_t S_t.
+
+    The Lightning layers of MiniMax-01 (arXiv 2501.08313, section 2.2).
+
+    q, k, v       [N, H, D]; no scale and no normaliser are applied
+    decay_slopes  [H], the s of each head, all >= 0 (see `decay_slopes`)
+    states        fp32 [S, H, D, D] (key dimension first), one row per physical page: the state after the last
+                  token written to that page. A path whose first token here stands at position p > 0 starts from
+                  the row of the page that holds p - 1; one at position 0 starts from zero. Every page that gets
+                  a token has its row overwritten in place (outside autograd: no gradient flows through states)
+    Returns out [N, H, D] in q's dtype. Gradients reach q, k and v.
+    Raises InputError for shapes that do not fit together, for positions of a path that are not consecutive, and
+    for a path that starts after position 0 when there are no states.
+    """
+    name = "lightning_attention"
+    check_shape(name, "q", q, (None, None, None), "[N, H, D]")
+    check_same_kind(name, q=q, k=k, v=v)
+    check_shape(name, "k", k, tuple(q.shape), "like q")
+    check_shape(name, "v", v, tuple(q.shape), "like q")
+    check_shape(name, "decay_slopes", decay_slopes, (q.shape[1],), "[H]")
+    check_layout(name, layout, q.shape[0])
+    _check_runs(layout, states is not None)
+    if states is not None:
+        check_shape(name, "states", states, (None, q.shape[1], q.shape[2], q.shape[2]), "[S, H, D, D]")
+        if states.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{name}: states in fp32 expected (they are summed over a path), got {states.dtype}"
+            )
+    compute = choose_backend(name, BACKENDS, backend, q.device)
+    return compute(q, k, v, decay_slopes, layout, states)
+
+
+def _check_runs(layout: PackedLayout, has_states: bool) -> None:
+    """The recurrence needs every token between the state it starts from and the last one."""
+    same = layout.paths[1:] == layout.paths[:-1]
+    if bool((same & (layout.positions[1:] != layout.positions[:-1] + 1)).any()):
+        raise InputError("lightning_attention: consecutive positions within each path expected, got a gap")
+    starts = torch.cat([layout.positions[:1], layout.positions[1:][~same]])
+    if not has_states and bool((starts != 0).any()):
+        raise InputError(
+            f"lightning_attention: paths from position 0 expected where no states are given, got a start at "
+            f"{int(starts.max())}; pass states"
+        )
