@@ -1,0 +1,120 @@
+"""Losses live on edges: (query row, target id, weight). A shifted sequence is the special case of one path.
+
+Packed paths, prefix trees and multi-token prediction all build edges; one cross entropy reads them. Rows that
+carry no weight never reach the output head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longforge.kernels.layout import PackedLayout
+
+__all__ = ["Edges", "MtpModel", "cross_entropy", "mtp_loss", "next_token_edges", "thin_edges"]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """E loss terms: hidden row `rows[e]` should predict `targets[e]`, counted `weights[e]` times."""
+
+    rows: Tensor
+    """int64 [E], row of the packed hidden states."""
+    targets: Tensor
+    """int64 [E], token id."""
+    weights: Tensor
+    """float32 [E], positive."""
+
+    def __len__(self) -> int:
+        return self.rows.numel()
+
+
+class MtpModel(Protocol):
+    """What the multi-token loss needs of a model."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def mtp_hidden(
+        self, hidden: Tensor, next_ids: Tensor, layout: PackedLayout, module: int = 0
+    ) -> Tensor: ...
+
+
+def next_token_edges(ids: Tensor, layout: PackedLayout, token_weights: Tensor, *, ahead: int = 1) -> Edges:
+    """Edges from each token to the one `ahead` places later in the same path.
+
+    ids int64 [N], token_weights float [N]: how much it counts that this token is predicted. Edges of weight 0 are
+    left out, and so are tokens with no successor that far.
+    """
+    assert ids.shape == token_weights.shape and ids.dim() == 1 and ahead >= 1, (
+        ids.shape,
+        token_weights.shape,
+    )
+    n = ids.numel()
+    rows = torch.arange(max(n - ahead, 0), device=ids.device)
+    same_path = layout.paths[: rows.numel()] == layout.paths[ahead:]
+    weights = token_weights[ahead:].to(torch.float32)
+    kept = same_path & (weights > 0)
+    return Edges(rows[kept], ids[ahead:][kept], weights[kept])
+
+
+def thin_edges(
+    edges: Edges, *, below: float, share: float, generator: torch.Generator | None = None
+) -> Edges:
+    """Keeps each edge of weight < `below` with probability `share` and multiplies its weight by 1/share.
+
+    The weighted sum keeps its expectation, and the output head computes fewer rows.
+    """
+    assert 0 < share <= 1, share
+    if share == 1:
+        return edges
+    light = edges.weights < below
+    drawn = torch.rand(len(edges), generator=generator).to(light.device) < share
+    kept = ~light | drawn
+    weights = torch.where(light, edges.weights / share, edges.weights)
+    return Edges(edges.rows[kept], edges.targets[kept], weights[kept])
+
+
+def cross_entropy(
+    hidden: Tensor, edges: Edges, head: Callable[[Tensor], Tensor], *, normaliser: float | None = None
+) -> Tensor:
+    """Weighted mean of -log softmax(head(hidden[row]))[target] over the edges.
+
+    hidden [N, d]; head maps [E, d] to logits [E, V]. `normaliser` is what the weighted sum is divided by, the sum
+    of the weights by default. Without edges the loss is 0 and still differentiable.
+    """
+    if len(edges) == 0:
+        return hidden.sum() * 0.0
+    logits = head(hidden.index_select(0, edges.rows)).float()
+    terms = F.cross_entropy(logits, edges.targets, reduction="none")
+    total = edges.weights.sum() if normaliser is None else normaliser
+    return (terms * edges.weights).sum() / total
+
+
+def mtp_loss(
+    model: MtpModel,
+    hidden: Tensor,
+    ids: Tensor,
+    layout: PackedLayout,
+    token_weights: Tensor,
+    *,
+    modules: int = 1,
+) -> Tensor:
+    """Mean loss of the multi-token prediction modules (M2 report, section 2.3).
+
+    Module m sees the hidden state of token t and the true token t+m+1, and predicts token t+m+2. Detach `hidden`
+    to keep the gradient out of the main model's layers; the shared embedding and head need `backward(inputs=...)`.
+    """
+    losses: list[Tensor] = []
+    for module in range(modules):
+        hidden = model.mtp_hidden(hidden, _shifted(ids, module + 1), layout, module)
+        edges = next_token_edges(ids, layout, token_weights, ahead=module + 2)
+        losses.append(cross_entropy(hidden, edges, model.logits))
+    return torch.stack(losses).mean()
+
+
+def _shifted(ids: Tensor, by: int) -> Tensor:
+    """ids [N] moved `by` places towards the front; the tail repeats the last id (no edge reads those rows)."""
+    return torch.cat([ids[by:], ids[-1:].expand(min(by, ids.numel()))])

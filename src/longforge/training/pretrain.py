@@ -1,0 +1,296 @@
+"""Trains a model from nothing: dense warm-up of the index, sparse training, MTP modules at the end.
+
+    step = batch -> losses -> backward -> clip -> AdamW -> expert bias
+
+Loss (MSA, arXiv 2606.13392, eq. 11): L = L_LM + index_weight * sum over layers of L_KL, and in the last part of the
+run mtp_weight * L_MTP (M2 report, section 2.3).
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longforge.model.causal_lm import CausalLM
+from longforge.training.config import PretrainConfig
+from longforge.training.data import Batch, BatchStream
+from longforge.training.losses import cross_entropy, mtp_loss, next_token_edges, thin_edges
+from longforge.training.optimiser import (
+    build_adamw,
+    clip_groups,
+    learning_rate_factor,
+    linear_between,
+    parameter_groups,
+)
+from longforge.training.state import latest_state, load_state, save_state
+
+__all__ = ["METRICS", "Pretrainer", "Stage", "StepReport", "stage_of"]
+
+METRICS = "metrics.jsonl"
+
+Scores = Mapping[str, float]
+Evaluate = Callable[[CausalLM, int], Scores]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a step at some progress (0 to 1) of the plan does."""
+
+    phase: str
+    """warmup: attention is dense. sparse: attention reads the selected blocks."""
+    mtp: str
+    """off, detached (modules alone) or joint."""
+    mtp_weight: float
+    mtp_progress: float
+    """Progress inside the MTP part."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's numbers, as they go to the metrics file and the progress bar."""
+
+    step: int
+    planned: int
+    seconds: float
+    """Training time so far, over all resumes."""
+    tokens: int
+    """Tokens so far."""
+    tokens_per_second: float
+    phase: str
+    lm_loss: float
+    index_loss: float
+    mtp_loss: float
+    grad_norm: float
+    lr_factor: float
+    expert_loads: tuple[tuple[float, ...], ...]
+    """Share of the routed tokens each expert got, per MoE layer."""
+
+
+def stage_of(progress: float, config: PretrainConfig) -> Stage:
+    """The stage at `progress`, the share of the planned steps that are done."""
+    schedule = config.schedule
+    start = 1.0 - schedule.mtp_share
+    joint = start + schedule.mtp_share * schedule.mtp_detached_share
+    phase = "warmup" if progress < schedule.dense_share else "sparse"
+    if schedule.mtp_share <= 0 or progress < start:
+        return Stage(phase, "off", 0.0, 0.0)
+    first, last = schedule.mtp_weight
+    weight = linear_between(progress, start=joint, stop=1.0, first=first, last=last)
+    inside = (progress - start) / schedule.mtp_share
+    return Stage(phase, "detached" if progress < joint else "joint", weight, inside)
+
+
+class Pretrainer:
+    """Drives one run in `folder`: `step()` once, or `run()` to the end. Resumes what it finds there.
+
+    The run is a function of the configuration's seed and of the planned number of steps; the plan shrinks below
+    `schedule.steps` only where the time limit would be overrun.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        stream: BatchStream,
+        config: PretrainConfig,
+        folder: Path,
+        *,
+        evaluate: Evaluate | None = None,
+        report: Callable[[StepReport], None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.to(device)
+        self.config = config
+        self.done = 0
+        self.planned = config.schedule.steps
+        self.seconds = 0.0
+        self.tokens = 0
+        self._stream = stream
+        self._folder = folder
+        self._evaluate = evaluate
+        self._report = report
+        self._device = torch.device(device)
+        self._optimiser = build_adamw(
+            parameter_groups(
+                model,
+                lr=config.optimiser.lr,
+                index_lr=config.optimiser.index_lr,
+                weight_decay=config.optimiser.weight_decay,
+            ),
+            betas=config.optimiser.betas,
+        )
+        self._mtp_parameters = [
+            parameter
+            for group in self._optimiser.param_groups
+            if group["name"] == "mtp"
+            for parameter in group["params"]
+        ]
+        self._pace = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """Trains on the next batch."""
+        began = time.perf_counter()
+        batch = self._stream.next().to(self._device)
+        stage = stage_of(self.done / self.planned, self.config)
+        factor = self._set_rates(stage)
+        losses, loads = self._backward(batch, stage)
+        norm = clip_groups(self._optimiser, self.config.optimiser.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.model.update_expert_bias(loads, self.config.optimiser.bias_rate)
+        self.done += 1
+        self.tokens += batch.ids.numel()
+        self._account(time.perf_counter() - began)
+        return StepReport(
+            step=self.done,
+            planned=self.planned,
+            seconds=self.seconds,
+            tokens=self.tokens,
+            tokens_per_second=batch.ids.numel() / (time.perf_counter() - began),
+            phase=stage.phase,
+            grad_norm=norm,
+            lr_factor=factor,
+            expert_loads=tuple(tuple((load / load.sum()).tolist()) for load in loads),
+            **losses,
+        )
+
+    def _backward(self, batch: Batch, stage: Stage) -> tuple[dict[str, float], list[Tensor]]:
+        """Computes the losses and leaves their gradients in the parameters."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.optimiser.bf16):
+            output = self.model.forward_packed(batch.ids, batch.layout, phase=stage.phase, index_loss=True)
+        lm = cross_entropy(output.hidden, self._edges(batch), self.model.logits)
+        index = output.index_loss if output.index_loss is not None else lm.new_zeros(())
+        mtp = self._mtp(output.hidden, batch, stage)
+        total = lm + self.config.schedule.index_weight * index
+        if stage.mtp == "joint":
+            total = total + stage.mtp_weight * mtp
+        total.backward()
+        if stage.mtp == "detached":
+            mtp.backward(inputs=self._mtp_parameters)
+        values = {"lm_loss": lm.item(), "index_loss": index.item(), "mtp_loss": mtp.item()}
+        return values, output.expert_loads
+
+    def _edges(self, batch: Batch) -> Any:
+        edges = next_token_edges(batch.ids, batch.layout, batch.weights)
+        seeded = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done)
+        return thin_edges(edges, below=0.5, share=self.config.data.background_rows, generator=seeded)
+
+    def _mtp(self, hidden: Tensor, batch: Batch, stage: Stage) -> Tensor:
+        modules = self.model.config.mtp_modules
+        if stage.mtp == "off" or modules == 0:
+            return torch.full((), float("nan"))
+        if stage.mtp == "detached":
+            hidden = hidden.detach()
+        heavy = torch.where(batch.weights >= 0.5, batch.weights, 0.0)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.optimiser.bf16):
+            return mtp_loss(self.model, hidden, batch.ids, batch.layout, heavy, modules=modules)
+
+    def _set_rates(self, stage: Stage) -> float:
+        """Rates of this step: one course for the model, one of its own for the late MTP modules."""
+        schedule = self.config.schedule
+        factor = learning_rate_factor(self.done, steps=self.planned, warmup_steps=schedule.warmup_steps)
+        late = min(1.0, stage.mtp_progress * 20) * (1.0 - stage.mtp_progress)
+        for group in self._optimiser.param_groups:
+            group["lr"] = group["base_lr"] * (late if group["name"] == "mtp" else factor)
+        return factor
+
+    def _account(self, seconds: float) -> None:
+        """Adds a step's time and squeezes the plan where the time limit would be overrun."""
+        self.seconds += seconds
+        self._pace = seconds if self._pace == 0 else 0.95 * self._pace + 0.05 * seconds
+        if self.done % 20 == 0:
+            left = max(self.config.schedule.minutes * 60 - self.seconds, 0.0)
+            self.planned = max(min(self.config.schedule.steps, self.done + int(left / self._pace)), self.done)
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Trains to the end of the plan. Returns False when interrupted; the state is saved either way."""
+        schedule = self.config.schedule
+        saved = self.seconds
+        with _interrupts() as interrupted, (self._folder / METRICS).open("a", encoding="utf-8") as metrics:
+            while self.done < self.planned and not interrupted:
+                report = self.step()
+                if self._report is not None:
+                    self._report(report)
+                if self.done % schedule.log_every == 0 or self.done == self.planned:
+                    _write(metrics, asdict(report))
+                if self._evaluate and (self.done % schedule.evaluate_every == 0 or self.done >= self.planned):
+                    _write(metrics, self._scores(self._evaluate))
+                if self.seconds - saved > 60 * schedule.checkpoint_minutes:
+                    self.save()
+                    saved = self.seconds
+        self.save()
+        return self.done >= self.planned
+
+    def _scores(self, evaluate: Evaluate) -> dict[str, Any]:
+        began = time.perf_counter()
+        scores = evaluate(self.model, self.done)
+        self.seconds += time.perf_counter() - began
+        return {"step": self.done, "seconds": self.seconds, "tokens": self.tokens, "held_out": dict(scores)}
+
+    def save(self) -> Path:
+        """Writes a state from which `resume` goes on."""
+        counters = {
+            "planned": self.planned,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "pace": self._pace,
+            "stream": self._stream.state(),
+        }
+        return save_state(self._folder, self.done, self.model, self._optimiser, counters)
+
+    def resume(self) -> bool:
+        """Goes on from the newest state in the folder. Returns False where there is none."""
+        state = latest_state(self._folder)
+        if state is None:
+            (self._folder / METRICS).unlink(missing_ok=True)
+            return False
+        counters = load_state(state, self.model, self._optimiser)
+        self.done, self.planned = int(counters["step"]), int(counters["planned"])
+        self.seconds, self.tokens = float(counters["seconds"]), int(counters["tokens"])
+        self._pace = float(counters["pace"])
+        self._stream.load(counters["stream"])
+        _forget_after(self._folder / METRICS, self.done)
+        return True
+
+
+def _write(metrics: Any, row: Mapping[str, Any]) -> None:
+    metrics.write(json.dumps(row) + "\n")
+    metrics.flush()
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drops lines of steps that will be done again."""
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C and a polite kill fill the list instead of tearing a step apart; a second Ctrl-C does."""
+    caught: list[int] = []
+
+    def catch(number: int, _frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""Teacher-forced scores on held-out conversations: cheap enough to be taken every hundred steps."""
+
+from collections.abc import Sequence
+
+import torch
+
+from longforge.model.causal_lm import CausalLM
+from longforge.training.data import Batch, Sample, pack
+from longforge.training.losses import cross_entropy, next_token_edges
+
+__all__ = ["held_out_batches", "teacher_forced_scores"]
+
+ASSISTANT = 0.5
+"""Tokens of at least this weight were written by the assistant."""
+
+
+def held_out_batches(samples: Sequence[Sample], *, tokens: int, block_size: int) -> list[Batch]:
+    """Samples in order, packed into batches of at most `tokens` (a longer sample alone)."""
+    batches: list[Batch] = []
+    waiting: list[Sample] = []
+    for sample in samples:
+        if waiting and sum(map(len, waiting)) + len(sample) > tokens:
+            batches.append(pack(waiting, block_size))
+            waiting = []
+        waiting.append(sample)
+    return [*batches, pack(waiting, block_size)] if waiting else batches
+
+
+@torch.no_grad()
+def teacher_forced_scores(
+    model: CausalLM, batches: Sequence[Batch], *, phase: str = "sparse", bf16: bool = False
+) -> dict[str, float]:
+    """loss: nats per assistant token. tokens: share of them that greedy decoding would write. answers: share of last
+    turns of which it would write every token, given the true history.
+    """
+    loss = right = count = whole = answers = 0.0
+    for batch in batches:
+        device = batch.ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            hidden = model.forward_packed(batch.ids, batch.layout, phase=phase).hidden
+        heavy = torch.where(batch.weights >= ASSISTANT, batch.weights, 0.0)
+        edges = next_token_edges(batch.ids, batch.layout, heavy)
+        loss += float(cross_entropy(hidden, edges, model.logits, normaliser=1.0))
+        guesses = torch.full_like(batch.ids, -1)
+        guesses[edges.rows + 1] = model.logits(hidden[edges.rows]).argmax(-1)
+        hits = guesses == batch.ids
+        right += float(hits.sum())
+        count += len(edges)
+        ranges = [span for span in batch.answers if span[1] > span[0]]
+        whole += sum(bool(hits[start:stop].all()) for start, stop in ranges)
+        answers += len(ranges)
+    return {"loss": loss / max(count, 1), "tokens": right / max(count, 1), "answers": whole / max(answers, 1)}
