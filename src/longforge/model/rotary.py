@@ -1,0 +1,38 @@
+"""Partial rotary position embedding: the first channels of a head rotate, the others pass.
+
+Pairs are split-half inside the rotated part (channel i with i + r/2), as in the released M2 and M3 code.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rotary", "rotary_table", "rotate"]
+
+
+class Rotary(NamedTuple):
+    """cos and sin of each token's angles, both [N, 1, r/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Angles position * theta^(-2i/r) for positions [N]; computed in fp32 (fp64 for an fp64 model)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    steps = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / theta ** (steps / max(rotary_dim, 1))
+    angles = positions.to(wide)[:, None, None] * frequencies.to(wide)
+    return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotates heads x [N, H, D] by each token's angles."""
+    cos, sin = rotary
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat(
+        [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin), rest],
+        dim=-1,
+    )
