@@ -1,1 +1,6 @@
-"""engine"""
+"""The engine: pages, scheduler, sampler, runner. Continuous batching of one model in one thread."""
+
+from longforge.engine.engine import Engine
+from longforge.engine.request import EngineStats, GenerationRequest, TokenEvent
+
+__all__ = ["Engine", "EngineStats", "GenerationRequest", "TokenEvent"]

@@ -1,0 +1,33 @@
+"""A body that does not validate, in one line that names the field."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["describe_invalid"]
+
+# Pydantic adds the names of union members to the place of an error; they are no keys of the body.
+_UNION_MEMBERS = {"str", "int", "float", "bool", "none", "list"}
+
+
+def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """One line about the first thing wrong with a body, and the top-level field it is in.
+
+    errors: pydantic's list of errors; FastAPI prefixes each place with "body".
+    """
+    first = errors[0]
+    place = [part for part in first["loc"] if part != "body"]
+    field = str(place[0]) if place and isinstance(place[0], str) else None
+    keys = [p for p in place if isinstance(p, int) or not (p in _UNION_MEMBERS or "[" in p)]
+    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".") or "body"
+    if first["type"] == "extra_forbidden":
+        return f"{path}: this server does not support the field; leave it out", field
+    if first["type"] == "missing":
+        return f"{path}: expected a value, the field is missing", field
+    if first["type"] == "json_invalid":
+        return f"body: expected JSON, got something else ({first['ctx']['error']})", None
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{path}: {message}", field
+    return f"{path}: {message}, got {json.dumps(first.get('input'), default=str)[:80]}", field

@@ -1,0 +1,306 @@
+"""Bodies of the OpenAI dialect: what a request may say, and its way to and from `protocol.Message`.
+
+Unknown fields are refused by name, never ignored; a value outside what is served is refused with what is. The
+replies are built in `server.replies`. The forge gateway uses both, so nothing here knows the engine.
+"""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longforge.errors import InputError
+from longforge.protocol import Message, SamplingParams, ToolCall, ToolSpec
+
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "WeightsRequest",
+    "message_body",
+    "to_messages",
+    "to_tools",
+    "tool_body",
+    "tool_call_body",
+]
+
+DEFAULT_CHAT_TOKENS = 1024
+"""Longest answer of a chat request that names no limit.
+
+The engine reserves pages for it, so it is not the context.
+"""
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+
+
+class Body(BaseModel):
+    """Refuses unknown fields and does not turn one type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Body):
+    """A piece of content. Text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    """`arguments` is a JSON object, written as a string."""
+
+    name: str
+    arguments: str
+
+
+class WireToolCall(Body):
+    """One call in an assistant's message."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ReasoningDetail(Body):
+    """One piece of thinking in MiniMax's `reasoning_details` form."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    text: str = ""
+
+
+class ChatMessage(Body):
+    """A message of the conversation.
+
+    Thinking comes back as it was given: `reasoning_content`, `reasoning` or `reasoning_details`. Fields that
+    the official client echoes from our own replies are accepted while they are empty.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    reasoning_details: list[ReasoningDetail] | None = None
+    tool_calls: list[WireToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[None] | None = Field(default=None, max_length=0)
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @property
+    def thinking(self) -> str | None:
+        """The thinking, whichever way it was sent."""
+        if self.reasoning_details:
+            return "".join(detail.text for detail in self.reasoning_details)
+        return self.reasoning_content or self.reasoning
+
+    @model_validator(mode="after")
+    def _fields_of_role(self) -> "ChatMessage":
+        if self.role != "assistant" and (self.tool_calls or self.thinking is not None):
+            raise ValueError(f"tool_calls and reasoning belong to the assistant, not to role {self.role!r}")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("a message of role 'tool' needs tool_call_id")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise ValueError(f"tool_call_id belongs to role 'tool', not to role {self.role!r}")
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is missing in a message of role {self.role!r}")
+        return self
+
+
+class Function(Body):
+    """A function that the model may call; `parameters` is a JSON schema of type object."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Body):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Thinking(Body):
+    """M3's thinking switch."""
+
+    type: Literal["adaptive", "enabled", "disabled"]
+
+
+class StreamOptions(Body):
+    """`include_usage` adds one last chunk with the usage."""
+
+    include_usage: bool | None = None
+
+
+class Sampling(Body):
+    """The fields that both kinds of request share."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Accepted as a label; it has no effect on the answer."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Sampling":
+        if any(not stop for stop in self.stops):
+            raise ValueError("stop: an empty string would stop at once")
+        if len(self.stops) > MAX_STOPS:
+            raise ValueError(f"stop: expected at most {MAX_STOPS} strings, got {len(self.stops)}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        return self
+
+    def params(self, limit: int, stop_ids: tuple[int, ...], top_logprobs: int = 0) -> SamplingParams:
+        """What the engine is asked for. limit: most tokens; stop_ids: the model's own stop tokens."""
+        return SamplingParams(
+            max_tokens=limit,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=self.seed,
+            stop_token_ids=(*stop_ids, *(self.stop_token_ids or ())),
+            top_logprobs=top_logprobs,
+        )
+
+
+class ChatRequest(Sampling):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    thinking: Thinking | None = None
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of the answer."""
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
+
+    @property
+    def thinking_mode(self) -> Literal["adaptive", "enabled", "disabled"]:
+        """How the model may think."""
+        return self.thinking.type if self.thinking else "adaptive"
+
+    @property
+    def offered_tools(self) -> tuple[ToolSpec, ...]:
+        """The tools the model gets to see: none with tool_choice "none"."""
+        return () if self.tool_choice == "none" else to_tools(self.tools or [])
+
+
+class CompletionRequest(Sampling):
+    """Body of POST /v1/completions. `prompt` is text or token ids; ids go to the model as they are."""
+
+    prompt: str | list[int]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    return_token_ids: bool | None = None
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of the answer; 16 is the dialect's default."""
+        return self.max_tokens or 16
+
+
+class WeightsRequest(Body):
+    """Body of POST /admin/weights."""
+
+    path: str = Field(min_length=1)
+    version: int = Field(ge=0)
+
+
+def to_messages(messages: list[ChatMessage]) -> list[Message]:
+    """Wire messages as every room knows them.
+
+    Errors: InputError naming the message, for arguments that are no JSON object and for a tool's answer to a
+    call that was never made.
+    """
+    made: set[str] = set()
+    result: list[Message] = []
+    for place, message in enumerate(messages):
+        calls = tuple(_tool_call(call, place) for call in message.tool_calls or ())
+        made.update(call.id for call in calls)
+        if message.role == "tool" and message.tool_call_id not in made:
+            raise InputError(
+                f"messages[{place}].tool_call_id: expected an earlier call's id, got {message.tool_call_id!r}"
+            )
+        role = "system" if message.role == "developer" else message.role
+        result.append(Message(role, message.text, message.thinking, calls, message.tool_call_id))
+    return result
+
+
+def to_tools(tools: list[Tool]) -> tuple[ToolSpec, ...]:
+    """Offered tools as every room knows them."""
+    empty = {"type": "object", "properties": {}}
+    return tuple(
+        ToolSpec(t.function.name, t.function.description or "", t.function.parameters or empty) for t in tools
+    )
+
+
+def tool_body(tool: ToolSpec) -> dict[str, Any]:
+    """One entry of a request's `tools`."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+def tool_call_body(call: ToolCall) -> dict[str, Any]:
+    """One entry of a message's `tool_calls`."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def message_body(message: Message) -> dict[str, Any]:
+    """A message on the wire; `reasoning_content` and `tool_calls` only where there are any."""
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thinking is not None:
+        body["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        body["tool_calls"] = [tool_call_body(call) for call in message.tool_calls]
+        body["content"] = message.content or None
+    if message.tool_call_id is not None:
+        body["tool_call_id"] = message.tool_call_id
+    return body
+
+
+def _tool_call(call: WireToolCall, place: int) -> ToolCall:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(
+            f"messages[{place}].tool_calls: arguments of {call.function.name!r}: expected a JSON object, "
+            f"got {call.function.arguments[:80]!r}"
+        )
+    return ToolCall(call.function.name, arguments, call.id)
