@@ -1,8 +1,8 @@
 """Tool calls as text, in the canonical form of each family. `calls.py` is the inverse.
 
-M3: every tag stands behind the token `]<]minimax[>[`; one tag per argument, objects as nested tags, lists as `<item>`
-tags, None left out, true and false as JSON, everything else as it is. M2: `<parameter name="k">` with a string as
-it is and any other value as JSON.
+M3: every tag stands behind the token `]<]minimax[>[`; one tag per argument, objects as nested tags, lists as
+`<item>` tags, None left out, true and false as JSON, everything else as it is. M2: `<parameter name="k">`
+with a string as it is and any other value as JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ __all__ = ["Piece", "call_pieces", "call_text"]
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered prompt. Only `markup` may become special tokens; the rest is somebody's data."""
+    """A stretch of a rendered prompt. Only `markup` may become special tokens; the rest is data."""
 
     text: str
     markup: bool
@@ -78,7 +78,7 @@ def _m2_call(call: ToolCall) -> Iterator[Piece]:
 
 
 def _m2_value(value: Any) -> str:
-    """Readers take one newline off either end, so a string that has one of its own is given a pair to lose."""
+    """Readers take one newline off either end, so a string that has its own is given a pair to lose."""
     text = _scalar(value)
     return f"\n{text}\n" if text.startswith("\n") or text.endswith("\n") else text
 

@@ -1,15 +1,17 @@
 """Conversations as prompts.
 
-The templates are jinja2 files. What a template prints is data by default: it is cut out of the rendered text before
-encoding, so no message, tool description, argument or tool result can ever become a special token.
+The templates are jinja2 files. What a template prints is data by default: it is cut out of the rendered text
+before encoding, so no message, tool description, argument or tool result can ever become a special token.
 
-An assistant message that was parsed from a well-formed answer renders to exactly the text that was sampled, so the
-next prompt of a conversation without a new user message is an exact extension of the last prompt and its answer.
+An assistant message that was parsed from a well-formed answer renders to exactly the text that was sampled,
+so the next prompt of a conversation without a new user message is an exact extension of the last prompt and
+its answer.
 
-Thinking of assistant messages is rendered only after the last user message (interleaved thinking: it lives through
-all tool rounds of a turn and is dropped when the user speaks again). For M2 this is the released rule; whether the
-released M3 template keeps older thinking is not verified, and giving it the same rule is a choice. The default
-system text, the wording of the tool block and M3's one line about the thinking mode are ours.
+Thinking of assistant messages is rendered only after the last user message (interleaved thinking: it lives
+through all tool rounds of a turn and is dropped when the user speaks again). For M2 this is the released
+rule; whether the released M3 template keeps older thinking is not verified, and giving it the same rule is a
+choice. The default system text, the wording of the tool block and M3's one line about the thinking mode are
+ours.
 """
 
 import json
@@ -31,8 +33,8 @@ from longforge.protocol import Message, Role, ToolSpec
 
 __all__ = ["encode_prompt", "render", "render_pieces", "starts_in_thinking"]
 
-# A placeholder for one piece of data in the rendered text. Data never stands in that text itself, so it cannot
-# contain a placeholder, and the templates hold no character of the private use area.
+# A placeholder for one piece of data in the rendered text. Data never stands in that text itself, so it
+# cannot contain a placeholder, and the templates hold no character of the private use area.
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -44,7 +46,7 @@ def render(
     thinking: ThinkingMode = "adaptive",
     add_generation_prompt: bool = True,
 ) -> str:
-    """The prompt as a person reads it. Ids come from `encode_prompt`, which also keeps data from becoming markers."""
+    """The prompt as a person reads it. Ids come from `encode_prompt`, where data cannot become markers."""
     pieces = render_pieces(
         messages, tools, family=family, thinking=thinking, add_generation_prompt=add_generation_prompt
     )
@@ -77,9 +79,9 @@ def render_pieces(
 ) -> list[Piece]:
     """The prompt as stretches of markup and of data, in order.
 
-    `thinking` applies to M3: "adaptive" lets the model decide, "enabled" opens a thinking block for it, "disabled"
-    closes one. M2 always thinks. Raises InputError for no messages, for an answer of a tool that nobody called, and
-    for a family, mode or role that does not exist.
+    `thinking` applies to M3: "adaptive" lets the model decide, "enabled" opens a thinking block for it,
+    "disabled" closes one. M2 always thinks. Raises InputError for no messages, for an answer of a tool that
+    nobody called, and for a family, mode or role that does not exist.
     """
     if family not in get_args(Family):
         raise InputError(f"family: expected m2 or m3, got {family!r}")

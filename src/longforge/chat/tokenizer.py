@@ -1,4 +1,4 @@
-"""Text to token ids and back: a byte-level BPE with M3's special tokens, in the `tokenizers` library's format."""
+"""Text to token ids and back: a byte-level BPE with M3's special tokens, in the `tokenizers` format."""
 
 import codecs
 import json
@@ -18,8 +18,8 @@ __all__ = ["StreamDecoder", "Tokenizer", "train_tokenizer"]
 FILE_NAME = "tokenizer.json"
 
 # One alternative per kind of piece. A name is cut at its own seams only, and nothing outside it is ever glued
-# to it, so `Foo` is the same ids at a line's start, after a space, after "(" and after ".". Angle brackets are
-# atoms so that a value which begins or ends with punctuation cannot merge with the tag beside it.
+# to it, so `Foo` is the same ids at a line's start, after a space, after "(" and after ".". Angle brackets
+# are atoms so that a value which begins or ends with punctuation cannot merge with the tag beside it.
 PIECES = (
     r"\p{Lu}+(?!\p{Ll})"  # HTTP of HTTPServer
     r"|\p{Lu}?\p{Ll}+"  # Server, server
@@ -35,8 +35,8 @@ PIECES = (
 class Tokenizer:
     """A byte-level BPE and its special tokens.
 
-    `decode(encode(text)) == text` for every text. Text that comes from outside is encoded with `special=False`:
-    then a marker spelled in it becomes ordinary pieces and can never steer the conversation.
+    `decode(encode(text)) == text` for every text. Text that comes from outside is encoded with
+    `special=False`: then a marker spelled in it becomes ordinary pieces and can never steer the conversation.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -63,7 +63,7 @@ class Tokenizer:
         try:
             kind = (json.loads(file.read_text(encoding="utf-8")).get("decoder") or {}).get("type")
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a malformed file
+        except Exception as error:  # the library raises bare Exception for a malformed file
             raise CheckpointError(
                 f"{file}: not a tokenizer of the tokenizers library ({_one_line(error)})"
             ) from error
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        """Bytes of every id. The BPE writes each byte as one printable character; added tokens are plain text."""
+        """Bytes of every id. The BPE writes a byte as one printable character; added tokens are text."""
         byte_of = _byte_alphabet()
         added = self._with_specials.get_added_tokens_decoder()
         table = {i: token.content.encode("utf-8") for i, token in added.items()}
@@ -160,8 +160,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` ids; the special tokens take the last ones.
 
-    The same texts in the same order give the same tokenizer. Special tokens that are spelled in `texts` are cut
-    out first, so that no merge is learnt from them. Fewer ids come out when the texts have no more pairs to merge.
+    The same texts in the same order give the same tokenizer. Special tokens that are spelled in `texts` are
+    cut out first, so that no merge is learnt from them. Fewer ids come out when the texts have no more pairs
+    to merge.
     """
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
@@ -199,7 +200,7 @@ def _without(texts: Iterable[str], names: Sequence[str]) -> Iterator[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 stands for itself, the rest from U+0100 on."""
+    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 is itself, the rest from U+0100 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

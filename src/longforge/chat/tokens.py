@@ -1,9 +1,9 @@
 """The names of the special tokens, in one place.
 
-The markers are those of the released M2 and M3 tokenizers. `SPECIAL_TOKENS` is their order in a vocabulary that
-`train_tokenizer` makes: after the ordinary pieces, as in the released one. The released tokenizer's exact order and
-whether it also holds tags of its own for a tool's answer are not known to us; that we write `<response>` as
-ordinary text is a choice.
+The markers are those of the released M2 and M3 tokenizers. `SPECIAL_TOKENS` is their order in a vocabulary
+that `train_tokenizer` makes: after the ordinary pieces, as in the released one. The released tokenizer's
+exact order and whether it also holds tags of its own for a tool's answer are not known to us; that we write
+`<response>` as ordinary text is a choice.
 """
 
 from typing import Literal
