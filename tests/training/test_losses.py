@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from longforge.kernels.layout import PackedLayout
+from longforge.model.causal_lm import PackedOutput
 from longforge.training.losses import Edges, cross_entropy, mtp_loss, next_token_edges, thin_edges
 
 LENGTHS = (5, 1, 9, 2)
@@ -88,15 +89,15 @@ class TinyMtp(torch.nn.Module):
     def logits(self, hidden):
         return hidden @ self.head.T
 
-    def mtp_hidden(self, hidden, next_ids, layout, module=0):
-        return hidden + (module + 1) * self.table[next_ids]
+    def mtp_packed(self, hidden, next_ids, layout, module=0, *, index_loss=False):
+        return PackedOutput(hidden + (module + 1) * self.table[next_ids], None, [])
 
 
 def test_mtp_module_m_sees_token_m_plus_one_and_predicts_the_one_after():
     torch.manual_seed(2)
     model, ids, hidden = TinyMtp(), torch.randint(VOCAB, (7,)), torch.randn(7, WIDTH)
     layout = PackedLayout.from_lengths([7], 4)
-    loss = mtp_loss(model, hidden, ids, layout, torch.ones(7), modules=2)
+    loss = mtp_loss(model, hidden, ids, layout, torch.ones(7), modules=2).loss
     first = hidden[:5] + model.table[ids[1:6]]
     second = hidden[:4] + model.table[ids[1:5]] + 2 * model.table[ids[2:6]]
     expected = (

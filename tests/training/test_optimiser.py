@@ -8,12 +8,11 @@ from longforge.training.config import PretrainConfig
 from longforge.training.optimiser import (
     build_adamw,
     clip_groups,
-    learning_rate_factor,
     load_optimiser_tensors,
     optimiser_tensors,
     parameter_groups,
 )
-from longforge.training.pretrain import stage_of
+from longforge.training.schedule import learning_rate_factor, stage_of
 
 
 class Tiny(nn.Module):

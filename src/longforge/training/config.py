@@ -103,7 +103,7 @@ class PretrainConfig:
 
 
 def load_config(path: Path) -> PretrainConfig:
-    """Reads and checks a TOML file. Unknown keys are errors. Relative paths in [data] are relative to the file."""
+    """Reads and checks a TOML file; unknown keys are errors. Paths in [data] are relative to the file."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Samples, where they come from, and how they are packed into steps: real tokens only, no padding.
 
-A source gives sample number i for any i and always the same one, so the whole stream is a function of the seed and
-a few counters, and a resumed run sees exactly the batches that an uninterrupted one would have seen.
+A source gives sample number i for any i and always the same one, so the whole stream is a function of the
+seed and a few counters, and a resumed run sees exactly the batches that an uninterrupted one would have seen.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from longforge.kernels.layout import PackedLayout
 from longforge.protocol import Message, ToolSpec
 
 __all__ = [
+    "ASSISTANT",
     "Batch",
     "BatchStream",
     "Conversation",
@@ -28,6 +29,10 @@ __all__ = [
     "TextSource",
     "pack",
 ]
+
+
+ASSISTANT = 0.5
+"""Tokens of at least this weight were written by the assistant."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,8 @@ def pack(samples: Sequence[Sample], block_size: int) -> Batch:
 class BatchStream:
     """Draws samples from weighted sources and fills each batch with at most `tokens` real tokens.
 
-    A sample longer than `tokens` gets a batch of its own. `state()` and `load()` carry the counters over a restart.
+    A sample longer than `tokens` gets a batch of its own. `state()` and `load()` carry the counters over a
+    restart.
     """
 
     def __init__(

@@ -6,15 +6,16 @@ carry no weight never reach the output head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
+from longforge.model.causal_lm import PackedOutput
 
-__all__ = ["Edges", "MtpModel", "cross_entropy", "mtp_loss", "next_token_edges", "thin_edges"]
+__all__ = ["Edges", "MtpLoss", "MtpModel", "cross_entropy", "mtp_loss", "next_token_edges", "thin_edges"]
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,32 @@ class MtpModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def mtp_hidden(
-        self, hidden: Tensor, next_ids: Tensor, layout: PackedLayout, module: int = 0
-    ) -> Tensor: ...
+    def mtp_packed(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        layout: PackedLayout,
+        module: int = 0,
+        *,
+        index_loss: bool = False,
+    ) -> PackedOutput: ...
+
+
+class MtpLoss(NamedTuple):
+    """What the multi-token prediction modules give to train on."""
+
+    loss: Tensor
+    """Scalar: the mean over modules of their cross entropy."""
+    index_loss: Tensor | None
+    """Scalar: the sum over the modules' sparse layers."""
+    expert_loads: list[Tensor]
 
 
 def next_token_edges(ids: Tensor, layout: PackedLayout, token_weights: Tensor, *, ahead: int = 1) -> Edges:
     """Edges from each token to the one `ahead` places later in the same path.
 
-    ids int64 [N], token_weights float [N]: how much it counts that this token is predicted. Edges of weight 0 are
-    left out, and so are tokens with no successor that far.
+    ids int64 [N], token_weights float [N]: how much it counts that this token is predicted. Edges of weight 0
+    are left out, and so are tokens with no successor that far.
     """
     assert ids.shape == token_weights.shape and ids.dim() == 1 and ahead >= 1, (
         ids.shape,
@@ -82,8 +99,8 @@ def cross_entropy(
 ) -> Tensor:
     """Weighted mean of -log softmax(head(hidden[row]))[target] over the edges.
 
-    hidden [N, d]; head maps [E, d] to logits [E, V]. `normaliser` is what the weighted sum is divided by, the sum
-    of the weights by default. Without edges the loss is 0 and still differentiable.
+    hidden [N, d]; head maps [E, d] to logits [E, V]. `normaliser` is what the weighted sum is divided by, the
+    sum of the weights by default. Without edges the loss is 0 and still differentiable.
     """
     if len(edges) == 0:
         return hidden.sum() * 0.0
@@ -101,20 +118,25 @@ def mtp_loss(
     token_weights: Tensor,
     *,
     modules: int = 1,
-) -> Tensor:
-    """Mean loss of the multi-token prediction modules (M2 report, section 2.3).
+) -> MtpLoss:
+    """Loss of the multi-token prediction modules (M2 report, section 2.3).
 
-    Module m sees the hidden state of token t and the true token t+m+1, and predicts token t+m+2. Detach `hidden`
-    to keep the gradient out of the main model's layers; the shared embedding and head need `backward(inputs=...)`.
+    Module m sees the hidden state of token t and the true token t+m+1, and predicts token t+m+2. Detach
+    `hidden` to keep the gradient out of the main model's layers; the shared embedding and head need
+    `backward(inputs=...)`.
     """
-    losses: list[Tensor] = []
+    losses, index, loads = [], [], []
     for module in range(modules):
-        hidden = model.mtp_hidden(hidden, _shifted(ids, module + 1), layout, module)
+        output = model.mtp_packed(hidden, _shifted(ids, module + 1), layout, module, index_loss=True)
+        hidden = output.hidden
         edges = next_token_edges(ids, layout, token_weights, ahead=module + 2)
         losses.append(cross_entropy(hidden, edges, model.logits))
-    return torch.stack(losses).mean()
+        loads += output.expert_loads
+        if output.index_loss is not None:
+            index.append(output.index_loss)
+    return MtpLoss(torch.stack(losses).mean(), torch.stack(index).sum() if index else None, loads)
 
 
 def _shifted(ids: Tensor, by: int) -> Tensor:
-    """ids [N] moved `by` places towards the front; the tail repeats the last id (no edge reads those rows)."""
+    """ids [N] moved `by` places to the front; the tail repeats the last id (no edge reads those rows)."""
     return torch.cat([ids[by:], ids[-1:].expand(min(by, ids.numel()))])

@@ -2,8 +2,8 @@
 
     step = batch -> losses -> backward -> clip -> AdamW -> expert bias
 
-Loss (MSA, arXiv 2606.13392, eq. 11): L = L_LM + index_weight * sum over layers of L_KL, and in the last part of the
-run mtp_weight * L_MTP (M2 report, section 2.3).
+Loss (MSA, arXiv 2606.13392, eq. 11): L = L_LM + index_weight * sum over layers of L_KL, and in the last part
+of the run mtp_weight * L_MTP (M2 report, section 2.3).
 """
 
 import json
@@ -21,36 +21,29 @@ from torch import Tensor
 
 from longforge.model.causal_lm import CausalLM
 from longforge.training.config import PretrainConfig
-from longforge.training.data import Batch, BatchStream
-from longforge.training.losses import cross_entropy, mtp_loss, next_token_edges, thin_edges
+from longforge.training.data import ASSISTANT, Batch, BatchStream
+from longforge.training.losses import (
+    Edges,
+    MtpLoss,
+    cross_entropy,
+    mtp_loss,
+    next_token_edges,
+    thin_edges,
+)
 from longforge.training.optimiser import (
     build_adamw,
     clip_groups,
-    learning_rate_factor,
-    linear_between,
     parameter_groups,
 )
+from longforge.training.schedule import Stage, learning_rate_factor, stage_of
 from longforge.training.state import latest_state, load_state, save_state
 
-__all__ = ["METRICS", "Pretrainer", "Stage", "StepReport", "stage_of"]
+__all__ = ["METRICS", "Pretrainer", "StepReport"]
 
 METRICS = "metrics.jsonl"
 
 Scores = Mapping[str, float]
 Evaluate = Callable[[CausalLM, int], Scores]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a step at some progress (0 to 1) of the plan does."""
-
-    phase: str
-    """warmup: attention is dense. sparse: attention reads the selected blocks."""
-    mtp: str
-    """off, detached (modules alone) or joint."""
-    mtp_weight: float
-    mtp_progress: float
-    """Progress inside the MTP part."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +60,19 @@ class StepReport:
     phase: str
     lm_loss: float
     index_loss: float
-    mtp_loss: float
+    mtp_loss: float | None
+    """None while the modules are not trained."""
     grad_norm: float
     lr_factor: float
     expert_loads: tuple[tuple[float, ...], ...]
     """Share of the routed tokens each expert got, per MoE layer."""
 
 
-def stage_of(progress: float, config: PretrainConfig) -> Stage:
-    """The stage at `progress`, the share of the planned steps that are done."""
-    schedule = config.schedule
-    start = 1.0 - schedule.mtp_share
-    joint = start + schedule.mtp_share * schedule.mtp_detached_share
-    phase = "warmup" if progress < schedule.dense_share else "sparse"
-    if schedule.mtp_share <= 0 or progress < start:
-        return Stage(phase, "off", 0.0, 0.0)
-    first, last = schedule.mtp_weight
-    weight = linear_between(progress, start=joint, stop=1.0, first=first, last=last)
-    inside = (progress - start) / schedule.mtp_share
-    return Stage(phase, "detached" if progress < joint else "joint", weight, inside)
-
-
 class Pretrainer:
     """Drives one run in `folder`: `step()` once, or `run()` to the end. Resumes what it finds there.
 
-    The run is a function of the configuration's seed and of the planned number of steps; the plan shrinks below
-    `schedule.steps` only where the time limit would be overrun.
+    The run is a function of the configuration's seed and of the planned number of steps; the plan shrinks
+    below `schedule.steps` only where the time limit would be overrun.
     """
 
     def __init__(
@@ -105,6 +85,7 @@ class Pretrainer:
         evaluate: Evaluate | None = None,
         report: Callable[[StepReport], None] | None = None,
         device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model.to(device)
         self.config = config
@@ -132,14 +113,13 @@ class Pretrainer:
             if group["name"] == "mtp"
             for parameter in group["params"]
         ]
+        self._clock = clock
         self._pace = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
-    # -- one step --------------------------------------------------------------------------------------------------
-
     def step(self) -> StepReport:
         """Trains on the next batch."""
-        began = time.perf_counter()
+        began = self._clock()
         batch = self._stream.next().to(self._device)
         stage = stage_of(self.done / self.planned, self.config)
         factor = self._set_rates(stage)
@@ -150,13 +130,14 @@ class Pretrainer:
         self.model.update_expert_bias(loads, self.config.optimiser.bias_rate)
         self.done += 1
         self.tokens += batch.ids.numel()
-        self._account(time.perf_counter() - began)
+        seconds = self._clock() - began
+        self._account(seconds)
         return StepReport(
             step=self.done,
             planned=self.planned,
             seconds=self.seconds,
             tokens=self.tokens,
-            tokens_per_second=batch.ids.numel() / (time.perf_counter() - began),
+            tokens_per_second=batch.ids.numel() / max(seconds, 1e-9),
             phase=stage.phase,
             grad_norm=norm,
             lr_factor=factor,
@@ -164,36 +145,45 @@ class Pretrainer:
             **losses,
         )
 
-    def _backward(self, batch: Batch, stage: Stage) -> tuple[dict[str, float], list[Tensor]]:
+    def _backward(self, batch: Batch, stage: Stage) -> tuple[dict[str, float | None], list[Tensor]]:
         """Computes the losses and leaves their gradients in the parameters."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.optimiser.bf16):
+        with self._autocast():
             output = self.model.forward_packed(batch.ids, batch.layout, phase=stage.phase, index_loss=True)
         lm = cross_entropy(output.hidden, self._edges(batch), self.model.logits)
         index = output.index_loss if output.index_loss is not None else lm.new_zeros(())
-        mtp = self._mtp(output.hidden, batch, stage)
         total = lm + self.config.schedule.index_weight * index
-        if stage.mtp == "joint":
-            total = total + stage.mtp_weight * mtp
+        values = {"lm_loss": lm.item(), "index_loss": index.item(), "mtp_loss": None}
+        loads = output.expert_loads
+        if stage.mtp != "off" and self._mtp_parameters:
+            own, mtp = self._mtp(output.hidden, batch, stage)
+            values["mtp_loss"] = mtp.loss.item()
+            loads = [*loads, *mtp.expert_loads]
+            if stage.mtp == "joint":
+                total = total + own
+            else:
+                own.backward(inputs=self._mtp_parameters)
         total.backward()
-        if stage.mtp == "detached":
-            mtp.backward(inputs=self._mtp_parameters)
-        values = {"lm_loss": lm.item(), "index_loss": index.item(), "mtp_loss": mtp.item()}
-        return values, output.expert_loads
+        return values, loads
 
-    def _edges(self, batch: Batch) -> Any:
-        edges = next_token_edges(batch.ids, batch.layout, batch.weights)
-        seeded = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done)
-        return thin_edges(edges, below=0.5, share=self.config.data.background_rows, generator=seeded)
-
-    def _mtp(self, hidden: Tensor, batch: Batch, stage: Stage) -> Tensor:
-        modules = self.model.config.mtp_modules
-        if stage.mtp == "off" or modules == 0:
-            return torch.full((), float("nan"))
+    def _mtp(self, hidden: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, MtpLoss]:
+        """The MTP modules' whole loss, and its parts. They learn what the assistant says, nothing else."""
         if stage.mtp == "detached":
             hidden = hidden.detach()
-        heavy = torch.where(batch.weights >= 0.5, batch.weights, 0.0)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.optimiser.bf16):
-            return mtp_loss(self.model, hidden, batch.ids, batch.layout, heavy, modules=modules)
+        spoken = torch.where(batch.weights >= ASSISTANT, batch.weights, 0.0)
+        with self._autocast():
+            mtp = mtp_loss(
+                self.model, hidden, batch.ids, batch.layout, spoken, modules=self.model.config.mtp_modules
+            )
+        index = 0.0 if mtp.index_loss is None else self.config.schedule.index_weight * mtp.index_loss
+        return stage.mtp_weight * mtp.loss + index, mtp
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.optimiser.bf16)
+
+    def _edges(self, batch: Batch) -> Edges:
+        edges = next_token_edges(batch.ids, batch.layout, batch.weights)
+        seeded = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done)
+        return thin_edges(edges, below=ASSISTANT, share=self.config.data.background_rows, generator=seeded)
 
     def _set_rates(self, stage: Stage) -> float:
         """Rates of this step: one course for the model, one of its own for the late MTP modules."""
@@ -211,8 +201,6 @@ class Pretrainer:
         if self.done % 20 == 0:
             left = max(self.config.schedule.minutes * 60 - self.seconds, 0.0)
             self.planned = max(min(self.config.schedule.steps, self.done + int(left / self._pace)), self.done)
-
-    # -- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         """Trains to the end of the plan. Returns False when interrupted; the state is saved either way."""
@@ -234,9 +222,9 @@ class Pretrainer:
         return self.done >= self.planned
 
     def _scores(self, evaluate: Evaluate) -> dict[str, Any]:
-        began = time.perf_counter()
+        began = self._clock()
         scores = evaluate(self.model, self.done)
-        self.seconds += time.perf_counter() - began
+        self.seconds += self._clock() - began
         return {"step": self.done, "seconds": self.seconds, "tokens": self.tokens, "held_out": dict(scores)}
 
     def save(self) -> Path:

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from longforge.model.causal_lm import CausalLM
-from longforge.training.data import Batch, Sample, pack
+from longforge.training.data import ASSISTANT, Batch, Sample, pack
 from longforge.training.losses import cross_entropy, next_token_edges
 
 __all__ = ["held_out_batches", "teacher_forced_scores"]
-
-ASSISTANT = 0.5
-"""Tokens of at least this weight were written by the assistant."""
 
 
 def held_out_batches(samples: Sequence[Sample], *, tokens: int, block_size: int) -> list[Batch]:
@@ -30,8 +27,8 @@ def held_out_batches(samples: Sequence[Sample], *, tokens: int, block_size: int)
 def teacher_forced_scores(
     model: CausalLM, batches: Sequence[Batch], *, phase: str = "sparse", bf16: bool = False
 ) -> dict[str, float]:
-    """loss: nats per assistant token. tokens: share of them that greedy decoding would write. answers: share of last
-    turns of which it would write every token, given the true history.
+    """loss: nats per assistant token. tokens: share of them that greedy decoding would write. answers: share
+    of last turns of which it would write every token, given the true history.
     """
     loss = right = count = whole = answers = 0.0
     for batch in batches:

@@ -1,7 +1,7 @@
 """A run's resumable state on disk: safetensors for tensors, JSON for counters, no pickle.
 
-A state is a folder `state-<step>`, written under another name and renamed when whole, so what is found under that
-name is complete. The one before is removed only afterwards.
+A state is a folder `state-<step>`, written under another name and renamed when whole, so what is found under
+that name is complete. The one before is removed only afterwards.
 """
 
 import json
