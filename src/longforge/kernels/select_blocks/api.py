@@ -6,11 +6,11 @@ from torch import Tensor
 from longforge.errors import InputError
 from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.select_blocks import reference
+from longforge.kernels.select_blocks import cpu, reference
 
 __all__ = ["BACKENDS", "select_blocks"]
 
-BACKENDS = {"reference": reference.select_blocks}
+BACKENDS = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
 
 
 @torch.no_grad()

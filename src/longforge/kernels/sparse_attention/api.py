@@ -5,11 +5,11 @@ from torch import Tensor
 from longforge.errors import InputError
 from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.sparse_attention import reference
+from longforge.kernels.sparse_attention import cpu, reference
 
 __all__ = ["BACKENDS", "check_heads", "sparse_attention"]
 
-BACKENDS = {"reference": reference.sparse_attention}
+BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
 
 
 def sparse_attention(

@@ -1,0 +1,141 @@
+"""Block selection on the CPU: scores and block maximum in one pass, then a small insertion top-k.
+
+Products and sums follow api.py's rule of arithmetic to the bit (no fused multiply-add, no reordering), so the choice
+equals the reference's and does not depend on chunks or threads. A block of index keys is transposed once into scratch
+and serves all groups of a few queries. The own block is forced, so its score is never needed, and every block that is
+scored lies wholly before the query: no mask is left.
+"""
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from longforge.kernels.layout import PackedLayout
+from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, path_starts, raw_array
+from longforge.kernels.vector_code import product_in_order, round_up, widen
+
+__all__ = ["select_blocks"]
+
+QUERIES = 16
+"""Most queries of one path that share a transposed block."""
+SPAN = 64
+"""Blocks of one unit of parallel work: one decode query over a long path still fills all threads."""
+SCRATCH = 1 << 23
+"""Most block scores held at once (32 MiB)."""
+
+
+def select_blocks(index_q: Tensor, index_k_pages: Tensor, layout: PackedLayout, top_k: int) -> Tensor:
+    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di] -> int32 [N, Hkv, K]. See api.py."""
+    n, groups, _ = index_q.shape
+    selected = np.full((n, groups, top_k), -1, dtype=np.int32)
+    if n == 0:
+        return torch.from_numpy(selected)
+    positions, paths, table = layout_arrays(layout)
+    q = index_q.float().contiguous().numpy()
+    keys = raw_array(index_k_pages.float() if index_k_pages.dtype == torch.float64 else index_k_pages)
+    starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
+    slab = max(QUERIES, SCRATCH // (groups * blocks))
+    with parallel_region():
+        for first in range(0, n, slab):
+            last = min(n, first + slab)
+            # Nothing is ranked where every query may have all its blocks.
+            maxima = np.empty((last - first, groups, blocks if blocks > top_k else 0), dtype=np.float32)
+            if blocks > top_k:
+                chunks = _chunks(starts, first, last, QUERIES)
+                _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima)
+            _best_blocks(maxima, positions[first:last], layout.block_size, selected[first:last])
+    return torch.from_numpy(selected)
+
+
+@compiled()
+def _chunks(starts, first, last, size):
+    """int64 [C, 2]: [from, to) of runs of at most `size` tokens of one path that cover first..last."""
+    out = np.empty((last - first, 2), dtype=np.int64)
+    count = 0
+    for p in range(len(starts) - 1):
+        end = min(last, starts[p + 1])
+        at = max(first, starts[p])
+        while at < end:
+            out[count, 0] = at
+            at = min(end, at + size)
+            out[count, 1] = at
+            count += 1
+    return out[:count]
+
+
+@compiled(parallel=True, error_model="numpy")
+def _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima):
+    """maxima[i - first, g, b] = max over block b of q[i, g] . key, for the blocks b before the query's own."""
+    _, groups, dim = q.shape
+    block_size = keys.shape[1]
+    flat_q = q.reshape(-1)
+    width = round_up(block_size)
+    spans = (maxima.shape[2] + SPAN - 1) // SPAN
+    for unit in prange(len(chunks) * spans):
+        begin, end = chunks[unit // spans]
+        from_block = unit % spans * SPAN
+        # Ascending positions: the chunk's last query has most blocks.
+        to_block = min(from_block + SPAN, positions[end - 1] // block_size)
+        if to_block <= from_block or positions[end - 1] // block_size < top_k:
+            continue
+        tile = np.zeros(dim * width, dtype=np.float32)
+        scores = np.empty(groups * width, dtype=np.float32)
+        for b in range(from_block, to_block):
+            page = table[paths[begin], b]
+            for j in range(block_size):
+                for d in range(dim):
+                    tile[d * width + j] = widen(keys[page, j, d])
+            for i in range(begin, end):
+                own = positions[i] // block_size
+                if b < own and own >= top_k:
+                    product_in_order(
+                        scores, 0, width, flat_q, i * groups * dim, dim, 1, tile, 0, width, groups, dim, width, False
+                    )  # fmt: skip
+                    for g in range(groups):
+                        maxima[i - first, g, b] = _largest(scores[g * width : g * width + block_size])
+
+
+@compiled(fastmath={"nnan", "nsz"})
+def _largest(x):
+    best = x[0]
+    for i in range(x.shape[0]):
+        best = max(best, x[i])
+    return best
+
+
+@compiled(parallel=True, error_model="numpy")
+def _best_blocks(maxima, positions, block_size, selected):
+    """selected[i, g]: the own block and the K - 1 best before it, ascending; -1s stay at the end."""
+    n, groups, top_k = selected.shape
+    for i in prange(n):
+        own = positions[i] // block_size
+        values = np.empty(top_k, dtype=np.float32)
+        for g in range(groups):
+            row = selected[i, g]
+            if own < top_k:
+                for b in range(own + 1):
+                    row[b] = b
+            else:
+                _insert_best(maxima[i, g], own, values, row)
+                row[: top_k - 1].sort()
+                row[top_k - 1] = own
+
+
+@compiled()
+def _insert_best(scores, count, values, ids):
+    """The len(ids) - 1 best of scores[:count], best first; a tie keeps the earlier block before the later."""
+    room = len(ids) - 1
+    filled = 0
+    for b in range(count):
+        score = scores[b]
+        if filled == room and (room == 0 or not score > values[room - 1]):
+            continue
+        at = min(filled, room - 1)
+        while at > 0 and score > values[at - 1]:
+            values[at] = values[at - 1]
+            ids[at] = ids[at - 1]
+            at -= 1
+        values[at] = score
+        ids[at] = b
+        filled = min(filled + 1, room)
