@@ -23,7 +23,7 @@ def dense_attention(
     with_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal softmax attention of each query over its path's prefix (grouped heads: Ainslie et al. 2023, 2.2).
+    """Causal softmax attention of each query over its path's prefix, grouped heads (Ainslie et al. 2023).
 
     q        [N, Hq, D]; query heads g * G .. g * G + G - 1 share kv head g
     k_pages  [S, Bk, Hkv, D], v_pages the same; rows after a path's last query are never read

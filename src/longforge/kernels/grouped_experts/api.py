@@ -7,12 +7,12 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import FLOATS, check_same_kind, check_shape, choose_backend
-from longforge.kernels.grouped_experts import reference
+from longforge.kernels.grouped_experts import cpu, reference
 
 __all__ = ["BACKENDS", "Activation", "grouped_experts"]
 
 Activation = Literal["silu", "swiglu_oai"]
-BACKENDS = {"reference": reference.grouped_experts}
+BACKENDS = {"cpu": cpu.grouped_experts, "reference": reference.grouped_experts}
 
 
 def grouped_experts(

@@ -30,12 +30,12 @@ def lightning_attention(
     q, k, v       [N, H, D]; no scale and no normaliser are applied
     decay_slopes  [H], the s of each head, all >= 0 (see `decay_slopes`)
     states        fp32 [S, H, D, D] (key dimension first), one row per physical page: the state after the last
-                  token written to that page. A path whose first token here stands at position p > 0 starts from
-                  the row of the page that holds p - 1; one at position 0 starts from zero. Every page that gets
-                  a token has its row overwritten in place (outside autograd: no gradient flows through states)
+                  token written to that page. A path whose first token here stands at position p > 0 starts
+                  from the row of the page that holds p - 1; one at position 0 starts from zero. Every page
+                  that gets a token has its row overwritten in place; no gradient flows through states
     Returns out [N, H, D] in q's dtype. Gradients reach q, k and v.
-    Raises InputError for shapes that do not fit together, for positions of a path that are not consecutive, and
-    for a path that starts after position 0 when there are no states.
+    Raises InputError for shapes that do not fit together, for positions of a path that are not consecutive,
+    and for a path that starts after position 0 when there are no states.
     """
     name = "lightning_attention"
     check_shape(name, "q", q, (None, None, None), "[N, H, D]")

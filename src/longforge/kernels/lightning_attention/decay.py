@@ -11,9 +11,9 @@ __all__ = ["decay_slopes"]
 def decay_slopes(heads: int, layer: int, layers: int) -> Tensor:
     """fp32 [heads]: slope s of each head; a state loses the factor exp(-s) per token.
 
-    s_h = 2^(-8 (h + 1) / heads) * (1 - layer / (layers - 1 + 1e-5) + 1e-5), layer from 0: the ALiBi slopes (Press
-    et al. 2022) times a factor that falls with depth (MiniMax-01, arXiv 2501.08313, section 2.2). A head remembers
-    about 1 / s tokens.
+    s_h = 2^(-8 (h + 1) / heads) * (1 - layer / (layers - 1 + 1e-5) + 1e-5), layer from 0: the ALiBi slopes
+    (Press et al. 2022) times a factor that falls with depth (MiniMax-01, arXiv 2501.08313, section 2.2). A
+    head remembers about 1 / s tokens.
     Raises InputError unless 0 <= layer < layers and heads >= 1.
     """
     if heads < 1 or not 0 <= layer < layers:
