@@ -1,4 +1,4 @@
-"""A real model and tokenizer, as small as the parts allow: random weights, sparse attention that really selects."""
+"""A real model and tokenizer as small as they get: random weights, sparse attention that really selects."""
 
 from functools import cache
 from pathlib import Path

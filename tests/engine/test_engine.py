@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from small_model import small_model
 
 from longforge.engine import Engine, GenerationRequest, TokenEvent
 from longforge.errors import CheckpointError, ContextOverflow, EngineError, InputError
 from longforge.model import CausalLM
 from longforge.protocol import SamplingParams, StopReason
+from small_model import small_model
 
 
 def prompts(count: int, longest: int = 30) -> list[tuple[int, ...]]:

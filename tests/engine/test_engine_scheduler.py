@@ -1,4 +1,4 @@
-"""Scheduling: decodes first, prompts in chunks under the budget, first come first served, pages always come back."""
+"""Scheduling: decodes first, prompts in chunks, first come first served, pages always come back."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,1 +1,4 @@
-"""server"""
+"""The HTTP dialects over an engine.
+
+Import what is needed from its files: `wire` and `replies` load no torch.
+"""

@@ -101,7 +101,7 @@ class ChatMessage(Body):
         """The thinking, whichever way it was sent."""
         if self.reasoning_details:
             return "".join(detail.text for detail in self.reasoning_details)
-        return self.reasoning_content or self.reasoning
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
     @model_validator(mode="after")
     def _fields_of_role(self) -> "ChatMessage":

@@ -1,0 +1,81 @@
+"""From a generation's tokens to its text: whole characters, without the stop token, cut at a stop string."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from longforge.chat import StreamDecoder, Tokenizer
+from longforge.engine import TokenEvent
+from longforge.protocol import SamplingParams, StopReason
+from longforge.server.engine_loop import EngineLoop
+from longforge.server.stops import StopStrings
+
+__all__ = ["Answer", "Part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one batch of tokens adds."""
+
+    text: str
+    events: list[TokenEvent]
+    reason: StopReason | None
+    """Set on the last part."""
+
+
+class Answer:
+    """One request to the engine. The request is refused in the constructor or not at all.
+
+    eager: parts come token by token, else all at the end. `close` it when done, however done.
+    """
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stops: Sequence[str] = (),
+        eager: bool,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self._loop = loop
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._stops = StopStrings(stops)
+        # A stop string must be seen as soon as it is there, or tokens would be generated in vain.
+        self._generation = loop.open(prompt_ids, params, eager=eager or bool(stops))
+
+    def close(self) -> None:
+        """Cancels the generation if it still runs."""
+        self._loop.close(self._generation)
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """The parts in order; the last one has a reason.
+
+        Errors: EngineError if the engine stops before the end.
+        """
+        async for batch in self._generation.batches():
+            part = self._part(batch)
+            yield part
+            if part.reason is not None:
+                return
+
+    async def whole(self) -> Part:
+        """Everything as one part."""
+        text, events, reason = "", [], None
+        async for part in self.parts():
+            text, events, reason = text + part.text, events + part.events, part.reason
+        return Part(text, events, reason)
+
+    def _part(self, batch: list[TokenEvent]) -> Part:
+        text = ""
+        for place, event in enumerate(batch):
+            stopped = event.stop_reason is StopReason.STOP and event.token_id in self._stop_ids
+            text += self._stops.push("" if stopped else self._decoder.push((event.token_id,)))
+            if event.stop_reason is not None and not self._stops.found:
+                text += self._stops.push(self._decoder.flush()) + self._stops.finish()
+            if self._stops.found:
+                self.close()
+                return Part(text, batch[: place + 1], StopReason.STOP)
+        return Part(text, batch, batch[-1].stop_reason)

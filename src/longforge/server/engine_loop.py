@@ -1,0 +1,194 @@
+"""The engine in a thread of its own, seen from asyncio.
+
+The engine thread is the only one that touches the engine. It takes commands (submit, cancel, swap) between
+steps and hands tokens over through one wake-up per step, however many requests got one. A reader that wants
+only the whole answer is woken only at its end, so that it costs the step nothing.
+"""
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from longforge.engine import Engine, EngineStats, GenerationRequest, TokenEvent
+from longforge.errors import EngineError, LongforgeError
+from longforge.protocol import SamplingParams
+
+__all__ = ["EngineLoop", "Generation"]
+
+
+class Generation:
+    """The tokens of one request as they come.
+
+    Read by one task; `EngineLoop.close` it when done, however done.
+    """
+
+    def __init__(self, request: GenerationRequest, *, eager: bool) -> None:
+        self.request = request
+        self.eager = eager
+        self._events: deque[TokenEvent] = deque()
+        self._news = asyncio.Event()
+        self._error: LongforgeError | None = None
+        self._ended = False
+
+    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+        """What has come since the last time, until the token with a stop reason.
+
+        If not eager, one batch with everything. Errors: EngineError if the engine stops before the end.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            batch = [self._events.popleft() for _ in range(len(self._events))]
+            if batch:
+                yield batch
+                if batch[-1].stop_reason is not None:
+                    return
+            if self._error is not None:
+                raise self._error
+
+
+class EngineLoop:
+    """Owns an engine. Methods are called from the asyncio loop in which `start` was called.
+
+    threads: CPU threads of the engine (None: as torch is set).
+    """
+
+    def __init__(self, engine: Engine, *, threads: int | None = None) -> None:
+        self.engine = engine
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._names = itertools.count()
+        self._lock = threading.Lock()  # guards _commands and _closed
+        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._closed: EngineError | None = None
+        self._wake = threading.Event()
+        self._stopping = False
+        self._generations: dict[str, Generation] = {}
+        """Open generations; only the engine thread reads and writes it."""
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why nothing is served any more, or None."""
+        return self._closed
+
+    def start(self) -> None:
+        """Starts the engine thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the present step; open generations end with an EngineError."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def open(self, prompt_ids: Sequence[int], params: SamplingParams, *, eager: bool = True) -> Generation:
+        """Submits a request. eager: wake the reader at each token, not only at the end.
+
+        Errors: what `Engine.submit` refuses, at once; EngineError when the engine has stopped.
+        """
+        request = GenerationRequest(f"request-{next(self._names)}", tuple(prompt_ids), params)
+        self.engine.check(request)
+        generation = Generation(request, eager=eager)
+
+        def submit() -> None:
+            self.engine.submit(request)
+            self._generations[request.id] = generation
+
+        self._command(submit)
+        return generation
+
+    def close(self, generation: Generation) -> None:
+        """Cancels what is still running. Harmless at any time."""
+        name = generation.request.id
+
+        def cancel() -> None:
+            if self._generations.pop(name, None) is not None:
+                self.engine.cancel(name)
+
+        if self._closed is None and not generation._ended:
+            self._command(cancel)
+
+    async def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
+        """`Engine.swap_weights` between two steps; returns when the new weights are active."""
+        await asyncio.wrap_future(self._command(lambda: self.engine.swap_weights(state, version)))
+
+    def stats(self) -> EngineStats:
+        """Counters of the engine, at most one step old."""
+        return self.engine.stats()
+
+    def _command(self, action: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._commands.append((action, future))
+        self._wake.set()
+        return future
+
+    # The engine thread.
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        reason = "engine: it has failed, see the server's log"
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._obey()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+                elif not self._stopping:
+                    self._wake.wait()
+            reason = "engine: the server is shutting down"
+        finally:
+            self._shut(EngineError(reason))
+
+    def _obey(self) -> None:
+        while True:
+            with self._lock:
+                if not self._commands:
+                    return
+                action, future = self._commands.popleft()
+            try:
+                action()
+            except LongforgeError as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        news: list[Generation] = []
+        for event in events:
+            generation = self._generations[event.request_id]
+            generation._events.append(event)
+            if event.stop_reason is not None:
+                generation._ended = True
+                del self._generations[event.request_id]
+            if generation.eager or generation._ended:
+                news.append(generation)
+        if news:
+            self._loop.call_soon_threadsafe(_announce, news)
+
+    def _shut(self, error: EngineError) -> None:
+        with self._lock:
+            self._closed = error
+            left = [future for _, future in self._commands]
+            self._commands.clear()
+        for future in left:
+            future.set_exception(error)
+        for generation in self._generations.values():
+            generation._error = error
+        self._loop.call_soon_threadsafe(_announce, list(self._generations.values()))
+
+
+def _announce(generations: list[Generation]) -> None:
+    for generation in generations:
+        generation._news.set()

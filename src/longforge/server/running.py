@@ -1,0 +1,121 @@
+"""Running an app: a port of its own, a quiet end on Ctrl-C, and a server in a thread for programs."""
+
+import contextlib
+import errno
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from longforge.errors import InputError
+
+__all__ = ["BackgroundServer", "bind", "run_server"]
+
+GRACE_SECONDS = 3
+"""Time that open connections get to end after the answers they carry were ended."""
+
+SWITCH_SECONDS = 0.0005
+"""How long Python lets one thread keep the interpreter while another waits. At the default, 5 ms, the HTTP
+thread could delay every operation of the engine's step by as much."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening-to-be socket; port 0 picks a free one. InputError where there is none to have."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port}: it is in use on {host}; name another one with --port") from None
+        raise InputError(f"cannot listen on {host} port {port}: {error}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Base URL of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, telling when it is ready, and ending quietly on a signal instead of raising it again."""
+
+    def __init__(self, app: ASGIApp, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+            )
+        )
+        self._on_ready = on_ready
+        self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()  # before uvicorn waits for open answers: they end now
+        await super().shutdown(sockets=sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            # Asked to stop and stopping is what should happen; uvicorn would raise the signal again here.
+            self._captured_signals.clear()
+
+
+def run_server(
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves until SIGINT or SIGTERM. on_stop is called first when it ends, to end open answers."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    _Server(app, on_ready, on_stop).run(sockets=[listener])
+
+
+class BackgroundServer:
+    """An app served by a thread of this process, for as long as the `with` block lasts.
+
+    `url` is its base URL. on_stop as in `run_server`. Errors: InputError for a port in use.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._listener = bind(host, port)
+        self.url = url_of(self._listener)
+        self._server = _Server(app, lambda: None, on_stop)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def __enter__(self) -> "BackgroundServer":
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise InputError(f"{self.url}: the server did not start, see its log")
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._server.run(sockets=[self._listener])

@@ -1,0 +1,93 @@
+"""What every endpoint needs, and how errors become replies."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from longforge.chat import Tokenizer
+from longforge.errors import ContextOverflow, EngineError, LongforgeError
+from longforge.server.engine_loop import EngineLoop
+from longforge.server.replies import error_body
+
+__all__ = ["ClientGone", "EventStream", "Service", "error_reply", "failed", "model_check", "unless_gone"]
+
+T = TypeVar("T")
+EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model."""
+
+    loop: EngineLoop
+    tokenizer: Tokenizer
+    model_name: str
+
+
+class ClientGone(Exception):
+    """The client hung up before its answer was ready; there is nobody to tell."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    `close` is called when the stream ends, whether it was read to its end or dropped.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(events, media_type=EVENT_STREAM, headers={"Cache-Control": "no-cache"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. If the client hangs up first, `work` is cancelled and ClientGone raised."""
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise ClientGone
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+def model_check(service: Service, asked: str) -> JSONResponse | None:
+    """A 404 reply naming both models, unless the served one is asked for."""
+    if asked == service.model_name:
+        return None
+    message = f"model: this server serves {service.model_name!r}, got {asked!r}"
+    return error_reply(404, message, "not_found_error", param="model", code="model_not_found")
+
+
+def error_reply(
+    status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    return JSONResponse(error_body(message, kind, param=param, code=code), status)
+
+
+def failed(error: LongforgeError) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error raised on purpose: 400 for a request's fault, 503 for the engine's."""
+    if isinstance(error, EngineError):
+        return 503, error_body(str(error), "service_unavailable_error")
+    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+    return 400, error_body(str(error), "invalid_request_error", code=code)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
