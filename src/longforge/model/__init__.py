@@ -1,4 +1,4 @@
-"""The model: configuration, decoder, mixers, experts, multi-token prediction, checkpoints of the released formats."""
+"""The model: configuration, decoder, mixers, experts, multi-token prediction, checkpoints."""
 
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM, PackedOutput

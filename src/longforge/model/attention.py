@@ -122,8 +122,8 @@ class SparseAttention(DenseAttention):
 class LightningAttention(nn.Module):
     """Linear attention with a fixed decay per head (MiniMax-01, arXiv 2501.08313), a comparison mixer.
 
-    SiLU on q, k and v; no rotation, no scale; RMSNorm over all heads, a sigmoid gate, the output projection. The norm
-    is of the model's kind (plain or Gemma), which is our choice.
+    SiLU on q, k and v; no rotation, no scale; RMSNorm over all heads, a sigmoid gate, the output projection.
+    The norm is of the model's kind (plain or Gemma), which is our choice.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -164,7 +164,7 @@ def mixer(config: ModelConfig, kind: str, layer: int) -> nn.Module:
 
 
 def _norm_heads(x: Tensor, first: RMSNorm, first_heads: int, second: RMSNorm, second_heads: int) -> Tensor:
-    """Two per-head RMSNorms in one go: the first heads of x [N, H, D] take one weight, the others the second."""
+    """Two per-head RMSNorms in one go: the first heads of x [N, H, D] by `first`, the others by `second`."""
     a, b = first.scale(), second.scale()
     size = x.shape[-1]
     scale = torch.cat([a.expand(first_heads, size), b.expand(second_heads, size)])

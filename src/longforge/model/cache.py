@@ -14,7 +14,7 @@ class KVCache:
 
     k[l], v[l]   [pages, Bk, Hkv, D], None for Lightning layers
     index_k[l]   [pages, Bk, Di], None where the layer is not sparse
-    state[l]     fp32 [pages, H, D, D], the state at the last written token of each page; only Lightning layers
+    state[l]     fp32 [pages, H, D, D], after the last token written to a page; only Lightning layers
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,8 @@ class PackedOutput(NamedTuple):
 class CausalLM(nn.Module):
     """A decoder of the M2 or M3 family with its output head.
 
-    `version` counts published weights; whoever swaps them sets it. `backend` names the kernels' backend (None = the
-    fastest for the device).
+    `version` counts published weights; whoever swaps them sets it. `backend` names the kernels' backend (None
+    = the fastest for the device).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,6 +45,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.version = 0
         self.backend: str | None = None
+        self.source_config: dict[str, Any] | None = None
+        """The config.json that the weights came with: what else it says is kept on saving."""
         self.model = Decoder(config)
         self.mtp = nn.ModuleList(MTPModule(config, i) for i in range(config.mtp_modules))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -66,9 +68,9 @@ class CausalLM(nn.Module):
                 module.e_score_correction_bias.zero_()
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits fp32 [B, T, V] of ids [B, T]; `lengths` [B] where rows are padded on the right (logits 0 there).
+        """Logits fp32 [B, T, V] of ids [B, T]. `lengths` [B]: rows are padded on the right (logits 0 there).
 
-        Raises InputError for ids of another shape, an empty row or a length over T, ContextOverflow over the context.
+        Raises InputError for ids of another shape, an empty row or a length over T; ContextOverflow.
         """
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise InputError(f"input_ids: shape [batch, tokens] is needed, got {list(input_ids.shape)}")
@@ -99,8 +101,9 @@ class CausalLM(nn.Module):
     ) -> PackedOutput:
         """Hidden states of packed tokens (ids int64 [N]); the one forward of training, prefill and decode.
 
-        With a cache, new keys and values are written to it in place at `layout.slots`, and each token attends to what
-        its path's pages hold; call it under `torch.no_grad()`. Without one, every path starts at position 0.
+        With a cache, new keys and values are written to it in place at `layout.slots`, and each token attends
+        to what its path's pages hold; call it under `torch.no_grad()`. Without one, every path starts at
+        position 0.
         phase          "warmup": sparse layers attend to the whole prefix, and so does the index loss
         index_loss     whether to compute it; `index_weights` [N] weigh its tokens
         expert_loads   whether to count what each expert gets
@@ -111,8 +114,9 @@ class CausalLM(nn.Module):
         return _output(hidden, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [..., V] of hidden [..., d]. The head runs in fp32 (MiniMax-M1, arXiv 2506.13585: otherwise
-        sampling and training disagree about probabilities); fp64 for an fp64 model."""
+        """Logits fp32 [..., V] of hidden [..., d]. The head runs in fp32 (MiniMax-M1, arXiv 2506.13585:
+        otherwise sampling and training disagree about probabilities); fp64 for an fp64 model.
+        """
         weight = self.lm_head.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
@@ -131,9 +135,9 @@ class CausalLM(nn.Module):
     ) -> PackedOutput:
         """One MTP module over packed tokens: teacher-forced, for training.
 
-        hidden [N, d] of the main model (module 0) or of the module before; next_ids int64 [N] holds, for module i, the
-        token i+1 further than each position (any valid id where the path has ended: give those rows no loss).
-        `logits(output.hidden)` then predicts the token i+2 further.
+        hidden [N, d] of the main model (module 0) or of the module before; next_ids int64 [N] holds, for
+        module i, the token i+1 further than each position (any valid id where the path has ended: give those
+        rows no loss). `logits(output.hidden)` then predicts the token i+2 further.
         """
         if not 0 <= module < len(self.mtp):
             raise InputError(f"module: the model has {len(self.mtp)} MTP modules, got index {module}")
@@ -193,11 +197,13 @@ class CausalLM(nn.Module):
 
         return load_model(folder, dtype, device)
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+    ) -> None:
         """Writes config.json and safetensors under the released names (see `checkpoint.save_model`)."""
         from longforge.model.checkpoint import save_model
 
-        save_model(self, folder, max_shard_bytes=max_shard_bytes)
+        save_model(self, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def _step(
         self,

@@ -6,7 +6,7 @@ Legend of shapes used in this room (with the one of `kernels.layout`):
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from longforge.errors import ConfigError
 
@@ -138,7 +138,7 @@ class ModelConfig:
         """Whether some layer has this mixer or feed-forward."""
         return any(kind in (layer.mixer, layer.feed_forward) for layer in self.layers)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values, for a report or a run folder."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         return plain | {"layers": [[layer.mixer, layer.feed_forward] for layer in self.layers]}

@@ -1,8 +1,9 @@
 """Feed-forwards: the dense one, and experts behind a sigmoid router.
 
-Routing (M2 report, arXiv 2605.26494, section 2.2.1, as the released inference code computes it): the sigmoid of each
-logit in fp32; a bias per expert is added for the selection only; the weights are the unbiased sigmoids of the chosen,
-divided by their sum. Load balance comes from moving that bias by the sign rule (Wang et al. 2024, loss-free balancing).
+Routing (M2 report, arXiv 2605.26494, section 2.2.1, as the released inference code computes it): the sigmoid
+of each logit in fp32; a bias per expert is added for the selection only; the weights are the unbiased
+sigmoids of the chosen, divided by their sum. Load balance comes from moving that bias by the sign rule (Wang
+et al. 2024, loss-free balancing).
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ __all__ = ["DenseFeedForward", "Experts", "MixtureOfExperts", "Router", "Routing
 def gated(gate_up: Tensor, config: ModelConfig) -> Tensor:
     """The gated activation of [..., 2I] (gate channels first) -> [..., I].
 
-    silu: silu(gate) * up. swiglu_oai: gate clamped above, up on both sides, (up + 1) * gate * sigmoid(alpha * gate).
+    silu: silu(gate) * up. swiglu_oai: gate clamped above, up on both sides, then
+    (up + 1) * gate * sigmoid(alpha * gate).
     """
     gate, up = gate_up.chunk(2, dim=-1)
     if config.activation == "silu":
@@ -77,7 +79,7 @@ class Router(nn.Module):
         return Routing(ids, weights if self.routed_scale == 1.0 else weights * self.routed_scale)
 
     def update_bias(self, load: Tensor, rate: float) -> None:
-        """The sign rule: b_e += rate * sign(mean load - load_e), for loads [E] (tokens sent to each expert)."""
+        """The sign rule: b_e += rate * sign(mean load - load_e); load [E] counts choices per expert."""
         load = load.to(self.e_score_correction_bias)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
 
@@ -92,7 +94,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of E experts, stacked: gate_up_proj [E, 2I, d] (gate rows first) and down_proj [E, d, I]."""
+    """The weights of E experts, stacked: gate_up_proj [E, 2I, d], gate rows first; down_proj [E, d, I]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

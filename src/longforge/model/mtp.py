@@ -1,4 +1,4 @@
-"""Multi-token prediction: a module guesses one token further than what it is given (DeepSeek-V3; M2 report, 2.3)."""
+"""Multi-token prediction: each module guesses one token further (DeepSeek-V3; M2 report, section 2.3)."""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ __all__ = ["MTPModule"]
 class MTPModule(nn.Module):
     """hidden of position t and the embedding of token t+1 -> the hidden state that predicts token t+2.
 
-    Both are normalised, concatenated (embedding first) and projected to d; then one transformer block of the last
-    layer's kind. Embedding table and output head belong to the main model.
+    Both are normalised, concatenated (embedding first) and projected to d; then one transformer block of the
+    last layer's kind. Embedding table and output head belong to the main model.
     """
 
     def __init__(self, config: ModelConfig, module: int) -> None:
@@ -27,6 +27,6 @@ class MTPModule(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, step: Step) -> Tensor:
-        """hidden [N, d] and embeddings [N, d] of the tokens one further -> [N, d] after the module's final norm."""
+        """hidden [N, d], embeddings [N, d] of the tokens one further -> [N, d] after the final norm."""
         both = torch.cat([self.enorm(next_embedding), self.hnorm(hidden)], dim=-1)
         return self.final_layernorm(self.transformer_layer(self.eh_proj(both), step))

@@ -10,7 +10,7 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * w, or * (1 + w) with `gemma`. Normalises the last dimension [..., size]."""
+    """y = x / sqrt(mean(x^2) + eps) * w, or * (1 + w) with Gemma norms; over the last dimension."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ _M2 = ModelConfig(
     eos_id=200_020,
 )
 
-# Readers of the shipped config disagree on max_positions (524,288 or 1,048,576); ours is transformers' default.
+# Readers of the shipped config disagree on max_positions (524,288 or 1,048,576); ours is transformers'.
 _M3 = ModelConfig(
     family="m3",
     layers=_m3_layers(dense=3, sparse=57),

@@ -1,4 +1,4 @@
-"""What every layer of one forward pass shares: the layout, the angles, the cache, and what is asked for on the side."""
+"""What every layer of one forward pass shares: layout, angles, cache, and what is asked for on the side."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +22,7 @@ class Step:
     rotary: Rotary
     cache: KVCache | None = None
     phase: Phase = "sparse"
-    """warmup: sparse layers attend to the whole prefix, and the index loss is taken over it (MSA, section 3.2)."""
+    """warmup: sparse layers attend to the whole prefix, and the index loss is taken over it."""
     index_loss: bool = False
     index_weights: Tensor | None = None
     """Weight of each token in the index loss [N]; None = all one."""
@@ -38,7 +38,7 @@ class Step:
     """Attention mass inside the selected blocks, one per sparse layer passed."""
 
     def pages(self, stored: list[Tensor | None] | None, layer: int, fresh: Tensor) -> Tensor:
-        """Rows `fresh` [N, ...] as pages [S, Bk, ...]: written into the cache's tensor of this layer, or laid out."""
+        """Rows [N, ...] as pages [S, Bk, ...]: written into the cache's tensor of this layer, or laid out."""
         if stored is None:
             return as_pages(fresh, self.layout)
         pool = stored[layer]
