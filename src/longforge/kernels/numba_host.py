@@ -66,10 +66,16 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+SMALL = 1 << 20
+"""Multiply-adds below which waking a second thread takes longer than the work."""
+
+
 @contextmanager
-def parallel_region() -> Iterator[None]:
-    """Around every call of a parallel kernel: torch's number of threads, and one caller at a time where needed."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def parallel_region(work: int) -> Iterator[None]:
+    """Around every call of a parallel kernel: torch's number of threads (one where the work, in multiply-adds, is
+    small), and one caller at a time where needed."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads if work > SMALL else 1)
     if numba.threading_layer() == "workqueue":
         with _ONE_AT_A_TIME:
             yield

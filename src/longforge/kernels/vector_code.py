@@ -15,7 +15,17 @@ from numba.extending import intrinsic, overload
 
 from longforge.kernels.numba_host import compiled
 
-__all__ = ["LANES", "exponentials", "product", "product_in_order", "round_up", "widen"]
+__all__ = [
+    "LANES",
+    "dot",
+    "exponentials",
+    "largest",
+    "product",
+    "product_in_order",
+    "round_up",
+    "softmax",
+    "widen",
+]
 
 LANES = 16
 ROWS = 4
@@ -257,3 +267,44 @@ def exponentials(x, start, count, shift):
     part = x[start : start + count]  # indices from 0 are what the vectoriser can prove safe
     for i in range(part.shape[0]):
         part[i] = exponential(part[i] - shift)
+
+
+@compiled(error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
+def largest(x):
+    """The maximum of a non-empty row."""
+    best = x[0]
+    for i in range(x.shape[0]):
+        best = max(best, x[i])
+    return best
+
+
+@compiled(error_model="numpy", fastmath={"nsz", "reassoc"})
+def _sum(x):
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
+
+
+@compiled(error_model="numpy", fastmath={"nsz", "reassoc", "contract"})
+def dot(x, y):
+    """x . y, summed in an order of the compiler's choice, the same every time."""
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@compiled(error_model="numpy")
+def softmax(x, start, count, scale):
+    """x[start:start + count] = softmax(scale * itself); returns the log-sum-exp of scale * x. scale > 0."""
+    part = x[start : start + count]
+    for i in range(count):
+        part[i] *= scale
+    top = largest(part)
+    exponentials(x, start, count, top)
+    total = _sum(part)
+    share = x.dtype.type(1) / total
+    for i in range(count):
+        part[i] *= share
+    return top + x.dtype.type(math.log(total))

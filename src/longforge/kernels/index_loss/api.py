@@ -5,13 +5,13 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
-from longforge.kernels.index_loss import reference
+from longforge.kernels.index_loss import cpu, reference
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.sparse_attention.api import check_heads
 
 __all__ = ["BACKENDS", "index_loss"]
 
-BACKENDS = {"reference": reference.index_loss}
+BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
 
 
 def index_loss(

@@ -36,7 +36,7 @@ def select_blocks(index_q: Tensor, index_k_pages: Tensor, layout: PackedLayout, 
     keys = raw_array(index_k_pages.float() if index_k_pages.dtype == torch.float64 else index_k_pages)
     starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
     slab = max(QUERIES, SCRATCH // (groups * blocks))
-    with parallel_region():
+    with parallel_region(q.size * int(positions.max() + 1)):
         for first in range(0, n, slab):
             last = min(n, first + slab)
             # Nothing is ranked where every query may have all its blocks.
