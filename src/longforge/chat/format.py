@@ -84,4 +84,6 @@ def _m2_value(value: Any) -> str:
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # readers make an int of it, so this is what they would write
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

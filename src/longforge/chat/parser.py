@@ -9,8 +9,7 @@ Rules beyond the released formats (choices):
   in content it is text.
 - Inside thinking only the closing tag means something.
 - A call counts when all its arguments are closed and its own end, the next call or the end of the block
-follows.
-  A call cut off by the end of the text is content: half its arguments may be missing.
+  follows. A call cut off by the end of the text is content: half its arguments may be missing.
 - Closing tags of nothing between calls or arguments are dropped, and so is whitespace after a block of calls.
 """
 
@@ -23,6 +22,7 @@ from typing import Literal
 from longforge.chat.calls import INVOKE, CallReader, Malformed
 from longforge.chat.syntax import SYNTAX, Marks
 from longforge.chat.tokens import Family
+from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
 
 __all__ = ["ChatParser", "Delta", "message_of", "parse"]
@@ -49,6 +49,8 @@ class ChatParser:
     def __init__(
         self, family: Family = "m3", tools: Sequence[ToolSpec] = (), thinking_open: bool = False
     ) -> None:
+        if family not in SYNTAX:
+            raise InputError(f"family: expected m2 or m3, got {family!r}")
         self._family: Family = family
         self._syntax = SYNTAX[family]
         self._schemas = {tool.name: tool.parameters for tool in tools}
