@@ -3,6 +3,7 @@ import json.decoder
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from longforge.chat import Tokenizer, train_tokenizer
 
