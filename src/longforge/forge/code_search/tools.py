@@ -13,12 +13,13 @@ import posixpath
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from longforge.errors import ToolError
-from longforge.forge.code_search.tree import Tree
+from longforge.forge.code_search.tree import SourceFile, Tree
 
 __all__ = ["CodeTools", "ToolLimits", "plain_grep_lines", "required_literal"]
 
@@ -44,13 +45,13 @@ class CodeTools:
 
     def __init__(self, tree: Tree, limits: ToolLimits | None = None) -> None:
         self.limits = limits or ToolLimits()
-        self._lines = {file.path: file.lines() for file in tree.files}
+        # One block of bytes and no object per line: the sandbox forks this process for every call, and what a
+        # fork costs is its memory.
+        encoded = [file.text.encode() + b"\n" for file in tree.files]
         self._paths = [file.path for file in tree.files]
-        self._text = "".join(file.text + "\n" for file in tree.files)
-        starts = [0]
-        for file in tree.files:
-            starts.append(starts[-1] + len(file.text) + 1)
-        self._file_starts = array("q", starts)
+        self._number = {path: number for number, path in enumerate(self._paths)}
+        self._text = b"".join(encoded)
+        self._file_starts = array("q", accumulate((len(text) for text in encoded), initial=0))
         self._table: dict[str, Callable[..., str]] = {"grep": self.grep, "read": self.read}
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
@@ -97,7 +98,7 @@ class CodeTools:
         Raises:
             ToolError: a path outside the tree or not in it, or a range that holds no line.
         """
-        lines = self._lines[self._known(path)]
+        lines = self._lines(self._known(path))
         first = _line_number("start", start)
         last = first + self.limits.default_lines - 1 if end is None else _line_number("end", end)
         if first < 1 or last < first or first > len(lines):
@@ -111,19 +112,19 @@ class CodeTools:
     ) -> Iterator[tuple[str, int, str]]:
         """Every matching line as (path, line number, text)."""
         literal = required_literal(pattern)
-        if path is not None or not literal:
-            for where in self._paths if path is None else [path]:
-                for number, line in enumerate(self._lines[where], 1):
-                    if expression.search(line):
-                        yield where, number, line
-            return
-        for where, number in self._lines_holding(literal):
-            line = self._lines[where][number - 1]
-            if expression.search(line):
-                yield where, number, line
+        if path is None and literal:
+            candidates = self._lines_holding(literal.encode("utf-8", "surrogatepass"))
+        else:
+            candidates = self._all_lines(self._paths if path is None else [path])
+        return (found for found in candidates if expression.search(found[2]))
 
-    def _lines_holding(self, literal: str) -> Iterator[tuple[str, int]]:
-        """(path, line number) of each line with `literal` in it, in order, each once."""
+    def _all_lines(self, paths: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+        for path in paths:
+            for number, line in enumerate(self._lines(path), 1):
+                yield path, number, line
+
+    def _lines_holding(self, literal: bytes) -> Iterator[tuple[str, int, str]]:
+        """Each line with `literal` in it, in order, once."""
         text = self._text
         file, number, counted_to = -1, 1, 0
         at = text.find(literal)
@@ -131,11 +132,16 @@ class CodeTools:
             if at >= self._file_starts[file + 1]:
                 file = bisect_right(self._file_starts, at) - 1
                 number, counted_to = 1, self._file_starts[file]
-            number += text.count("\n", counted_to, at)
+            number += text.count(b"\n", counted_to, at)
             counted_to = at
-            yield self._paths[file], number
-            line_end = text.find("\n", at)
-            at = text.find(literal, line_end)
+            end = text.find(b"\n", at)
+            yield self._paths[file], number, text[text.rfind(b"\n", 0, at) + 1 : end].decode()
+            at = text.find(literal, end)
+
+    def _lines(self, path: str) -> list[str]:
+        number = self._number[path]
+        text = self._text[self._file_starts[number] : self._file_starts[number + 1] - 1].decode()
+        return SourceFile(path, text).lines()
 
     def _known(self, path: str) -> str:
         """The path in the form the tree uses."""
@@ -144,7 +150,7 @@ class CodeTools:
         plain = posixpath.normpath(path.strip())
         if plain.startswith(("/", "..", "~")):
             raise ToolError(f"error: path {_cut(path, 80)!r} is outside the tree; paths are relative to it")
-        if plain not in self._lines:
+        if plain not in self._number:
             raise ToolError(f"error: no file {_cut(path, 80)!r} in the tree")
         return plain
 
