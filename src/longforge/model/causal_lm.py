@@ -74,6 +74,11 @@ class CausalLM(nn.Module):
         """
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise InputError(f"input_ids: shape [batch, tokens] is needed, got {list(input_ids.shape)}")
+        low, high = (int(t) for t in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"input_ids: ids from 0 to {self.config.vocab_size - 1} are needed, got {low} to {high}"
+            )
         batch, tokens = input_ids.shape
         if tokens > self.config.max_positions:
             raise ContextOverflow(tokens, self.config.max_positions)
