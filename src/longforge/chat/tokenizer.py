@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longforge.chat.tokens import EOS, SPECIAL_TOKENS
 from longforge.errors import CheckpointError, InputError
+from longforge.observe import write_text_atomic
 
 __all__ = ["StreamDecoder", "Tokenizer", "train_tokenizer"]
 
@@ -76,10 +77,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> Path:
         """Write `tokenizer.json` into `directory` (made if missing) and return its path."""
         file = Path(directory) / FILE_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".json.partial")
-        partial.write_text(self._with_specials.to_str(pretty=False), encoding="utf-8")
-        partial.replace(file)
+        write_text_atomic(file, self._with_specials.to_str(pretty=False))
         return file
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
