@@ -4,12 +4,12 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
-from longforge.kernels.dense_attention import reference
+from longforge.kernels.dense_attention import cpu, reference
 from longforge.kernels.layout import PackedLayout
 
 __all__ = ["BACKENDS", "dense_attention"]
 
-BACKENDS = {"reference": reference.dense_attention}
+BACKENDS = {"cpu": cpu.dense_attention, "reference": reference.dense_attention}
 
 
 def dense_attention(
@@ -20,19 +20,15 @@ def dense_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
-    with_lse: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of each query over its path's prefix, grouped heads (Ainslie et al. 2023).
 
     q        [N, Hq, D]; query heads g * G .. g * G + G - 1 share kv head g
     k_pages  [S, Bk, Hkv, D], v_pages the same; rows after a path's last query are never read
     window   None: all positions up to the query's own; w: the last w of them, the query's own included
     scale    default D ** -0.5
-    with_lse whether the log of the softmax's denominator is wanted; it costs the training path a second pass
-             over the scores, so it is off by default
-    Returns (out [N, Hq, D] in q's dtype, lse): lse is None, or fp32 [N, Hq], the natural log of the sum of
-    exp(scale q.k).
+    Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
     Raises InputError for shapes that do not fit together and for a window below 1.
     """
@@ -50,6 +46,4 @@ def dense_attention(
     if window is not None and window < 1:
         raise InputError(f"{name}: window of at least 1 position expected (the query's own), got {window}")
     compute = choose_backend(name, BACKENDS, backend, q.device)
-    return compute(
-        q, k_pages, v_pages, layout, window, q.shape[2] ** -0.5 if scale is None else scale, with_lse
-    )
+    return compute(q, k_pages, v_pages, layout, window, q.shape[2] ** -0.5 if scale is None else scale)

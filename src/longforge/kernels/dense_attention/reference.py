@@ -16,9 +16,8 @@ def dense_attention(
     layout: PackedLayout,
     window: int | None,
     scale: float,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """q [N, Hq, D], k_pages and v_pages [S, Bk, Hkv, D] -> out [N, Hq, D], lse [N, Hq] or None."""
+) -> tuple[Tensor, Tensor]:
+    """q [N, Hq, D], k_pages and v_pages [S, Bk, Hkv, D] -> out [N, Hq, D], lse [N, Hq]."""
     kv_heads = k_pages.shape[2]
     outs, lses = [q.new_zeros((0, *q.shape[1:]))], [q.new_zeros((0, q.shape[1]), dtype=torch.float32)]
     for path in prefixes(layout):
@@ -31,7 +30,7 @@ def dense_attention(
         scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
         outs.append(torch.einsum("nght,tgd->nghd", scores.softmax(-1), values).flatten(1, 2).to(q.dtype))
         lses.append(scores.detach().logsumexp(-1).flatten(1, 2).float())
-    return torch.cat(outs), torch.cat(lses) if with_lse else None
+    return torch.cat(outs), torch.cat(lses)
 
 
 def _widened(x: Tensor) -> Tensor:

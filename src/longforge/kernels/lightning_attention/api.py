@@ -6,11 +6,11 @@ from torch import Tensor
 from longforge.errors import InputError
 from longforge.kernels.checks import check_layout, check_same_kind, check_shape, choose_backend
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.lightning_attention import reference
+from longforge.kernels.lightning_attention import cpu, reference
 
 __all__ = ["BACKENDS", "lightning_attention"]
 
-BACKENDS = {"reference": reference.lightning_attention}
+BACKENDS = {"cpu": cpu.lightning_attention, "reference": reference.lightning_attention}
 
 
 def lightning_attention(
