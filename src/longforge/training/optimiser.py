@@ -72,7 +72,7 @@ def clip_groups(optimiser: torch.optim.Optimizer, max_norm: float) -> float:
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's moments as `moment/parameter name` -> tensor, for safetensors."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{moment}/{names[parameter]}": value.detach().clone()
         for parameter, moments in optimiser.state.items()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class StepReport:
     lr_factor: float
     expert_loads: tuple[tuple[float, ...], ...]
     """Share of the routed tokens each expert got, per MoE layer."""
+
+
+class _Losses(NamedTuple):
+    lm: float
+    index: float
+    mtp: float | None
 
 
 class Pretrainer:
@@ -139,31 +145,33 @@ class Pretrainer:
             tokens=self.tokens,
             tokens_per_second=batch.ids.numel() / max(seconds, 1e-9),
             phase=stage.phase,
+            lm_loss=losses.lm,
+            index_loss=losses.index,
+            mtp_loss=losses.mtp,
             grad_norm=norm,
             lr_factor=factor,
             expert_loads=tuple(tuple((load / load.sum()).tolist()) for load in loads),
-            **losses,
         )
 
-    def _backward(self, batch: Batch, stage: Stage) -> tuple[dict[str, float | None], list[Tensor]]:
+    def _backward(self, batch: Batch, stage: Stage) -> tuple["_Losses", list[Tensor]]:
         """Computes the losses and leaves their gradients in the parameters."""
         with self._autocast():
             output = self.model.forward_packed(batch.ids, batch.layout, phase=stage.phase, index_loss=True)
         lm = cross_entropy(output.hidden, self._edges(batch), self.model.logits)
         index = output.index_loss if output.index_loss is not None else lm.new_zeros(())
         total = lm + self.config.schedule.index_weight * index
-        values = {"lm_loss": lm.item(), "index_loss": index.item(), "mtp_loss": None}
+        mtp_value = None
         loads = output.expert_loads
         if stage.mtp != "off" and self._mtp_parameters:
             own, mtp = self._mtp(output.hidden, batch, stage)
-            values["mtp_loss"] = mtp.loss.item()
+            mtp_value = mtp.loss.item()
             loads = [*loads, *mtp.expert_loads]
             if stage.mtp == "joint":
                 total = total + own
             else:
                 own.backward(inputs=self._mtp_parameters)
         total.backward()
-        return values, loads
+        return _Losses(lm.item(), index.item(), mtp_value), loads
 
     def _mtp(self, hidden: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, MtpLoss]:
         """The MTP modules' whole loss, and its parts. They learn what the assistant says, nothing else."""

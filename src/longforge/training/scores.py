@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from longforge.model.causal_lm import CausalLM
+from longforge.model.step import Phase
 from longforge.training.data import ASSISTANT, Batch, Sample, pack
 from longforge.training.losses import cross_entropy, next_token_edges
 
@@ -25,7 +26,7 @@ def held_out_batches(samples: Sequence[Sample], *, tokens: int, block_size: int)
 
 @torch.no_grad()
 def teacher_forced_scores(
-    model: CausalLM, batches: Sequence[Batch], *, phase: str = "sparse", bf16: bool = False
+    model: CausalLM, batches: Sequence[Batch], *, phase: Phase = "sparse", bf16: bool = False
 ) -> dict[str, float]:
     """loss: nats per assistant token. tokens: share of them that greedy decoding would write. answers: share
     of last turns of which it would write every token, given the true history.
