@@ -223,7 +223,8 @@ def _read_m2(text: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     layers = int(_value(text, "num_hidden_layers"))
     kinds = text.get("attn_type_list")
     if kinds is not None and (len(kinds) < layers or any(kind != 1 for kind in kinds[:layers])):
-        raise ConfigError(f"attn_type_list: {layers} ones (full attention) are needed, got {kinds}")
+        got = next((kind for kind in kinds if kind != 1), f"{len(kinds)} entries")
+        raise ConfigError(f"attn_type_list: {layers} ones (full attention) are needed, got {got}")
     declared = values["mtp_modules"] if text.get("use_mtp", True) else 0
     switches = {"qk_norm": "per_layer", "gemma_norm": False, "activation": "silu", "mtp_modules": declared}
     return switches | {"layers": (LayerSpec("full", "moe"),) * layers}

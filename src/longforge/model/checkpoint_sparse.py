@@ -109,7 +109,7 @@ def _flags(value: Any, key: str, names: tuple[str, str], count: int) -> list[Any
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != count:
-        raise CheckpointError(f"config.json: {count} entries are needed in {key}, got {value}")
+        raise CheckpointError(f"config.json: {count} entries are needed in {key}, got {_brief(value)}")
     return [names[bool(flag)] for flag in value]
 
 
@@ -118,11 +118,22 @@ def _named(value: Any, key: str, names: Mapping[str, str], count: int) -> list[A
         return None
     if not isinstance(value, list) or len(value) != count or any(v not in names for v in value):
         listed = " or ".join(names)
-        raise CheckpointError(f"config.json: {count} entries {listed} are needed in {key}, got {value}")
+        got = _brief(value, names)
+        raise CheckpointError(f"config.json: {count} entries {listed} are needed in {key}, got {got}")
     return [names[v] for v in value]
+
+
+def _brief(value: Any, known: Mapping[str, str] | None = None) -> str:
+    if not isinstance(value, list):
+        return repr(value)
+    odd = [v for v in value if known is not None and v not in known]
+    return repr(odd[0]) if odd else f"{len(value)} entries"
 
 
 def _agreed(what: str, one: list[Any] | None, other: list[Any] | None) -> list[Any] | None:
     if one is not None and other is not None and one != other:
-        raise ConfigError(f"{what}: the same layers are needed in both, got {one} and {other}")
+        at = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        raise ConfigError(
+            f"{what}: the same layers are needed in both, got {one[at]} and {other[at]} for layer {at}"
+        )
     return one if one is not None else other

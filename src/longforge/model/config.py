@@ -18,6 +18,14 @@ FeedForward = Literal["dense", "moe"]
 QKNorm = Literal["per_layer", "per_head"]
 Activation = Literal["silu", "swiglu_oai"]
 
+# The sizes that a mixer or feed-forward needs, and nothing else reads.
+_SIZES_OF = {
+    "moe": ("experts", "experts_per_token", "expert_size"),
+    "dense": ("dense_size",),
+    "sparse": ("top_k_blocks", "index_dim"),
+    "sliding": ("window",),
+}
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -33,7 +41,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the M2 or M3 family. Raises ConfigError where the values do not make a model."""
+    """A decoder of the M2 or M3 family. Raises ConfigError where the values do not make a model.
+
+    A size that no layer uses becomes 0, so that equal models have equal configurations.
+    """
 
     family: Family
     """Whose checkpoint names and config.json are read and written."""
@@ -64,9 +75,9 @@ class ModelConfig:
     """Multiplies the routed sum, not the shared expert."""
     dense_size: int = 0
     """Inner size of dense feed-forwards."""
-    top_k_blocks: int = 16
+    top_k_blocks: int = 0
     """Blocks that a query of a sparse layer attends to, its own included."""
-    index_dim: int = 128
+    index_dim: int = 0
     window: int = 0
     """Positions that a sliding layer sees, the query's own included."""
     mtp_modules: int = 0
@@ -87,14 +98,15 @@ class ModelConfig:
         if not self.layers:
             raise ConfigError("layers: at least one layer is needed, got none")
         sizes = ["vocab_size", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions", "block_size"]
-        if self.has("moe"):
-            sizes += ["experts", "experts_per_token", "expert_size"]
-        if self.has("dense"):
-            sizes.append("dense_size")
-        if self.has("sparse"):
-            sizes += ["top_k_blocks", "index_dim"]
-        if self.has("sliding"):
-            sizes.append("window")
+        for kind, names in _SIZES_OF.items():
+            if self.has(kind):
+                sizes += names
+            else:
+                for name in names:
+                    object.__setattr__(self, name, 0)
+        if not self.has("moe"):
+            object.__setattr__(self, "shared_expert_size", 0)
+            object.__setattr__(self, "routed_scale", 1.0)
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: a positive number is needed, got {getattr(self, name)}")
