@@ -11,6 +11,7 @@ from longforge.forge.config import ForgeConfig, dump_config, load_config, parse_
 def test_the_resolved_config_reads_back_equal():
     config = ForgeConfig(name='with "quotes" and ü', seed=7, max_seconds=12.5)
     config = replace(config, agent=replace(config.agent, command=("python", "-m", "mine", "a b")))
+    config = replace(config, environment=replace(config.environment, mix={"base": 0.5, "method": 1.0}))
     assert parse_config(dump_config(config)) == config
     assert parse_config("") == ForgeConfig()
 

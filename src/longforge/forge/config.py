@@ -46,6 +46,8 @@ class EnvironmentConfig:
     kind: Literal["code_search"] = "code_search"
     tree: str = DEFAULT_TREE
     """A Python tree to ask questions about: a folder, or `stdlib` for the running interpreter's library."""
+    mix: dict[str, NotNegative] = field(default_factory=dict)
+    """Share of each kind of question; empty: the environment's own mix."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class AgentConfig:
     """Started once per episode with OPENAI_BASE_URL and OPENAI_API_KEY set and the task as JSON on standard
     input; its answer is the last line of its standard output, JSON with the key `answer`. Empty: the
     environment's own agent."""
+    max_calls: Count = 6
+    """Model calls per episode, for the environment's own agent."""
     deadline: Seconds = 60.0
     """Seconds per episode; after it the episode ends with reward 0."""
     concurrency: Count = 32
@@ -146,7 +150,6 @@ class EngineConfig:
     pages: Count | None = None
     """Pages of the KV cache; the server's own choice if not given."""
     max_running: Count = 64
-    max_batch_tokens: Count = 2048
     threads: Count = 1
     start_seconds: Seconds = 120.0
     """How long it may take until the server answers."""
@@ -230,6 +233,8 @@ def _beside(path: Path, folder: str) -> str:
 
 def _toml(value: Any) -> str:
     """A value as TOML: JSON's spelling of strings, numbers and lists is valid TOML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 

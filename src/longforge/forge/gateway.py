@@ -42,7 +42,7 @@ from longforge.server.replies import (
     sse,
     usage_body,
 )
-from longforge.server.wire import ChatRequest, to_messages
+from longforge.server.wire import ChatRequest, message_body, to_messages
 
 __all__ = ["Gateway", "Policy", "call_seed"]
 
@@ -75,6 +75,8 @@ class _Session:
     calls: int = 0
     finished: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """(call id, prompt and answer) of calls that have been answered."""
+    transcript: list[Message] = field(default_factory=list)
+    """The conversation of the latest call, its answer included."""
 
     def parent_of(self, prompt: list[int]) -> str | None:
         """The latest call that this prompt extends exactly: same ids, prompt and answer."""
@@ -132,10 +134,15 @@ class Gateway:
             self._sessions[key] = _Session(episode_id, policy)
         return key
 
-    def revoke(self, key: str) -> None:
-        """Ends a key; later calls with it get 401."""
+    def revoke(self, key: str) -> list[dict[str, Any]]:
+        """Ends a key; later calls with it get 401.
+
+        Returns the conversation of its latest call as messages, thinking and tool calls included, for people
+        to read.
+        """
         with self._lock:
-            self._sessions.pop(key, None)
+            session = self._sessions.pop(key, None)
+        return [message_body(message) for message in session.transcript] if session else []
 
     async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
@@ -166,7 +173,7 @@ class Gateway:
         thinking = session.policy.thinking
         if session.policy.allow_request_sampling and chat.thinking is not None:
             thinking = chat.thinking.type
-        prompt = self._prompt(chat, thinking)
+        messages, prompt = self._prompt(chat, thinking)
         index = session.calls
         session.calls += 1
         began = time.perf_counter()
@@ -188,9 +195,10 @@ class Gateway:
         session.finished.append((call.call_id, call.prompt_ids + call.sampled_ids))
         self.sampled_tokens += len(call.sampled_ids)
         message = self._message(call, chat, thinking)
+        session.transcript = [*messages, message]
         return self._reply(chat, call, message)
 
-    def _prompt(self, chat: ChatRequest, thinking: ThinkingMode) -> list[int]:
+    def _prompt(self, chat: ChatRequest, thinking: ThinkingMode) -> tuple[list[Message], list[int]]:
         if chat.stops or chat.stop_token_ids:
             field_name = "stop" if chat.stops else "stop_token_ids"
             raise _Refused(400, f"{field_name}: a run does not serve it; the model's own stop ends a call")
@@ -205,7 +213,7 @@ class Gateway:
             raise _Refused(400, str(error), param="messages", code="context_length_exceeded") from error
         except InputError as error:
             raise _Refused(400, str(error), param="messages") from error
-        return prompt
+        return messages, prompt
 
     async def _complete(
         self, session: _Session, chat: ChatRequest, prompt: list[int], index: int
