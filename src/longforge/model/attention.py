@@ -46,7 +46,8 @@ class DenseAttention(nn.Module):
         if c.qk_norm == "per_head":
             qk = _norm_heads(qk, self.q_norm, c.heads, self.k_norm, c.kv_heads)
         q, k = rotate(qk, step.rotary).split([c.heads, c.kv_heads], dim=1)
-        return q, k, v.view(len(x), c.kv_heads, c.head_dim)
+        # Under autocast v comes in its dtype while the rotation has widened q and k.
+        return q, k, v.view(len(x), c.kv_heads, c.head_dim).to(q.dtype)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [N, d] -> [N, d]."""
