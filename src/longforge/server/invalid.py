@@ -16,6 +16,11 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
     errors: pydantic's list of errors; FastAPI prefixes each place with "body".
     """
     first = errors[0]
+    if first["loc"][-1] in _UNION_MEMBERS:
+        # Every member of a union complains; the one that got furthest into the value is the one that was
+        # meant.
+        union = first["loc"][:-1]
+        first = max((e for e in errors if e["loc"][: len(union)] == union), key=lambda e: len(e["loc"]))
     place = [part for part in first["loc"] if part != "body"]
     field = str(place[0]) if place and isinstance(place[0], str) else None
     keys = [p for p in place if isinstance(p, int) or not (p in _UNION_MEMBERS or "[" in p)]

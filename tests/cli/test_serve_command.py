@@ -1,0 +1,69 @@
+"""`longforge serve` as a process: ready line, requests, Ctrl-C and SIGTERM, port in use."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+@contextmanager
+def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [
+        sys.executable,
+        "-m",
+        "longforge.cli",
+        "serve",
+        str(folder),
+        "--threads",
+        "1",
+        "--port",
+        "0",
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127.0.0.1:\d+/v1", line)
+        assert found, (line, process.stderr and process.stderr.read())
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, ending: signal.Signals):
+    with serve_process(folder, "--name", "mine") as (process, url):
+        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "mine"
+        # An answer that would take long is under way when the signal comes.
+        body = {"model": "mine", "prompt": [1], "max_tokens": 1000, "temperature": 0}
+        replies: list[httpx.Response] = []
+        client = threading.Thread(
+            target=lambda: replies.append(httpx.post(f"{url}/completions", json=body, timeout=60))
+        )
+        client.start()
+        while httpx.get(url.replace("/v1", "/health")).json()["running"] == 0:
+            assert client.is_alive()
+        process.send_signal(ending)
+        output, errors = process.communicate(timeout=20)
+        client.join()
+    assert (process.returncode, output, errors) == (0, "", "")
+    assert replies[0].status_code == 503 and "shutting down" in replies[0].text
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(folder: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "longforge.cli", "serve", str(folder), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"longforge: port {port}: it is in use on 127.0.0.1; name another one with --port\n"
