@@ -214,6 +214,14 @@ def test_the_index_branch_and_the_mtp_modules_learn_only_from_their_own_losses()
     assert {n for n in with_mtp if not n.startswith("mtp.")} == policy_only and with_mtp > policy_only
 
 
+def test_warming_up_changes_nothing():
+    warmed, cold = Trainer(small_model(), CONFIG), Trainer(small_model(), CONFIG)
+    warmed.warm_up()
+    assert warmed.train(make_groups(8))["loss"] == cold.train(make_groups(8))["loss"]
+    state = cold.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in warmed.model.state_dict().items())
+
+
 def test_a_batch_without_any_signal_changes_nothing():
     (group,) = make_groups(7, groups=1)
     group = replace(group, episodes=tuple(replace(e, reward=0.5) for e in group.episodes))

@@ -77,6 +77,8 @@ class _Session:
     """(call id, prompt and answer) of calls that have been answered."""
     transcript: list[Message] = field(default_factory=list)
     """The conversation of the latest call, its answer included."""
+    sampled_tokens: int = 0
+    versions: set[int] = field(default_factory=set)
 
     def parent_of(self, prompt: list[int]) -> str | None:
         """The latest call that this prompt extends exactly: same ids, prompt and answer."""
@@ -134,15 +136,20 @@ class Gateway:
             self._sessions[key] = _Session(episode_id, policy)
         return key
 
-    def revoke(self, key: str) -> list[dict[str, Any]]:
+    def revoke(self, key: str) -> dict[str, Any]:
         """Ends a key; later calls with it get 401.
 
-        Returns the conversation of its latest call as messages, thinking and tool calls included, for people
-        to read.
+        Returns what its episode did, for people to read: `messages` (the conversation of the latest call,
+        thinking and tool calls included), `calls`, `sampled_tokens` and `versions` (lowest and highest).
         """
         with self._lock:
-            session = self._sessions.pop(key, None)
-        return [message_body(message) for message in session.transcript] if session else []
+            session = self._sessions.pop(key)
+        return {
+            "messages": [message_body(message) for message in session.transcript],
+            "calls": len(session.finished),
+            "sampled_tokens": session.sampled_tokens,
+            "versions": [min(session.versions), max(session.versions)] if session.versions else [],
+        }
 
     async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
@@ -193,6 +200,8 @@ class Gateway:
         if not self._pool.add_call(call):
             raise _Refused(401, "api key: the episode has ended", code="invalid_api_key")
         session.finished.append((call.call_id, call.prompt_ids + call.sampled_ids))
+        session.sampled_tokens += len(call.sampled_ids)
+        session.versions |= set(call.versions)
         self.sampled_tokens += len(call.sampled_ids)
         message = self._message(call, chat, thinking)
         session.transcript = [*messages, message]

@@ -109,10 +109,10 @@ class Rollouts:
         except TimeoutError:
             reply = AgentReply(None, "deadline", f"not back after {self._deadline:g} s")
         finally:
-            messages = self._gateway.revoke(key)
+            seen = self._gateway.revoke(key)
         reward = self._environment.score(episode.task, reply.answer)
         record = {
-            "messages": messages,
+            **seen,
             "answer": reply.answer,
             "detail": reply.detail,
             "seconds": round(time.perf_counter() - began, 3),

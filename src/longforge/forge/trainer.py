@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longforge.forge.batching import Batch, MicroBatch, make_batch, micro_batches
+from longforge.forge.batching import Batch, MicroBatch, Sample, make_batch, micro_batches
 from longforge.forge.cispo import CispoStats, cispo_loss, edge_logprobs
 from longforge.forge.config import TrainerConfig
 from longforge.model.causal_lm import CausalLM
-from longforge.protocol import Group
+from longforge.protocol import Call, Group
 from longforge.training.losses import mtp_loss
 from longforge.training.optimiser import build_adamw, clip_groups, parameter_groups
 from longforge.training.schedule import learning_rate_factor
@@ -77,6 +77,18 @@ class Trainer:
             "train_seconds": seconds,
             "train_tokens_per_second": tokens / seconds,
         }
+
+    def warm_up(self) -> None:
+        """Runs a small batch forward and backward, so that the first real one does not pay for compilation.
+
+        Changes no weight and no state of the optimiser.
+        """
+        block = self.model.config.block_size
+        prompt, answer = tuple(range(2 * block)), tuple(range(block))
+        call = Call("warm-up", "warm-up", 0, prompt, answer, (-1.0,) * block, (0,) * block, "stop")
+        for piece in micro_batches([Sample(call, 1.0, 1.0 / block)] * 2, self.config.micro_batch_tokens):
+            self._backward(piece, share=1.0, totals=_Totals())
+        self._optimiser.zero_grad(set_to_none=True)
 
     def save(self, folder: Path) -> Path:
         """Writes weights and optimiser so that `load` goes on bit for bit; older states in the folder go."""
