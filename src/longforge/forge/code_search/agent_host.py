@@ -1,7 +1,7 @@
 """Many agents, one import: `python -m longforge.forge.code_search.agent_host`, started by `AgentHost`.
 
-Importing `openai` costs a second. This program does it once and forks a fresh process for each episode. A line
-of JSON on standard input is an episode:
+Importing `openai` costs a second. This program does it once and forks a fresh process for each episode. A
+line of JSON on standard input is an episode:
 
     {"id": "e1", "base_url": "http://...", "api_key": "...", "deadline_s": 60, "task": {AgentTask's fields}}
 

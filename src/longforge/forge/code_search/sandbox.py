@@ -48,6 +48,7 @@ class Sandbox:
             InputError: no such tree.
             LongforgeError: the server did not start.
         """
+        root = tree_root(default_tree() if tree is None else tree)
         self.folder = Path(tempfile.mkdtemp(prefix="longforge-tools-"))
         self.socket = str(self.folder / "socket")
         """Path of the unix socket; only this user can reach it."""
@@ -55,7 +56,7 @@ class Sandbox:
         """Which walls stand around the server: network, root, capabilities, audit_hook."""
         (self.folder / "root").mkdir(mode=0o500)
         config = {
-            "tree": str(tree_root(default_tree() if tree is None else tree)),
+            "tree": str(root),
             "folder": str(self.folder),
             "excluded": list(excluded),
             "limits": asdict(limits or ServerLimits()),

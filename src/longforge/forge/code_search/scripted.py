@@ -64,6 +64,7 @@ THOUGHTS = (
     "base is",
     "read from there",
     "read near",
+    "no file; read again",
     "answer",
 )
 """The words that scripted agents think in, names aside."""
@@ -188,7 +189,10 @@ class _Agent:
 
     def _first_method(self, hit: Hit) -> str:
         plan, lines = self._range(hit.line)
-        text = self._transcript.call(plan, "read", {"path": hit.path, **lines})
+        path = hit.path if self._does(self.habits.careful) else _misspell(hit.path, self._rng)
+        text = self._transcript.call(plan, "read", {"path": path, **lines})
+        if path != hit.path:
+            text = self._transcript.call("no file; read again", "read", {"path": hit.path, **lines})
         names = re.findall(r"^ +(?:async )?def (\w+)", text, re.MULTILINE)
         after_init = [name for name in names if name != "__init__"]
         if after_init and self._does(self.habits.skip_init):

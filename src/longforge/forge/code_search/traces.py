@@ -138,4 +138,4 @@ def _prose(piece: str) -> Iterator[str]:
 
 def _misspells(episode: ScriptedEpisode) -> bool:
     """New names would not carry a spelling mistake over, so such a trace keeps its own."""
-    return any((message.thinking or "").startswith("no match") for message in episode.messages)
+    return any((message.thinking or "").startswith(("no match", "no file")) for message in episode.messages)
