@@ -1,24 +1,26 @@
 """Compiled scores of one query against the keys of its blocks, shared by the numba backends.
 
-Keys are the vector lanes of scores, so they are read transposed: all pages of the table at once where many queries
-will read them (training, prefill), a block at a time where few do (decode). Both give the same numbers.
+Keys are the vector lanes of scores, so they are read transposed: all pages of the table at once where many
+queries will read them (training, prefill), a block at a time where few do (decode). Both give the same
+numbers.
 """
 
 import numpy as np
 from numba import prange
 
 from longforge.kernels.numba_host import compiled
-from longforge.kernels.vector_code import LANES, product, round_up, widen
+from longforge.kernels.vector_code import LANES, product, transpose
 
 __all__ = ["KeyTiles", "score_blocks", "transposed", "visible"]
 
 KeyTiles = tuple[np.ndarray, np.ndarray]
-"""(tiles [U, Hkv, D, round_up(Bk)], tile_of int32 [S]): transposed pages and which physical page is which of them;
-one tile of scratch space and an empty tile_of where blocks are transposed as they are read."""
+"""(tiles [U, Hkv, D, round_up(Bk)], tile_of int32 [S]): transposed pages and which physical page is which of
+them; one tile of scratch space and an empty tile_of where blocks are transposed as they are read."""
 
 
 def transposed(pages: np.ndarray, table: np.ndarray, dtype: np.dtype, reads: int | None = None) -> KeyTiles:
-    """The pages [S, Bk, Hkv, D] that stand in the table, transposed, or none where `reads` blocks are too few."""
+    """The pages [S, Bk, Hkv, D] that stand in the table, transposed, or none where `reads` blocks are too
+    few."""
     slots, block_size, groups, dim = pages.shape
     width = (block_size + LANES - 1) // LANES * LANES
     used = np.unique(table)
@@ -42,9 +44,9 @@ def _transpose(pages, used, tiles):
 @compiled(error_model="numpy")
 def _transpose_block(pages, page, g, tile):
     """tile[d, j] = pages[page, j, g, d]."""
-    for j in range(pages.shape[1]):
-        for d in range(pages.shape[3]):
-            tile[d, j] = widen(pages[page, j, g, d])
+    _, block_size, groups, dim = pages.shape
+    first = (page * block_size * groups + g) * dim
+    transpose(tile.reshape(-1), 0, tile.shape[1], pages.reshape(-1), first, groups * dim, block_size, dim)
 
 
 @compiled(error_model="numpy")
@@ -59,9 +61,9 @@ def visible(block, position, block_size):
 def score_blocks(q, first, rows, k, g, tiles, tile_of, scratch, ids, position, pages, scores, room):
     """scores[h * room + t] = q[h] . k[t] for the visible tokens t of the query's blocks, side by side.
 
-    q flat, `rows` heads from `first` on; k [S, Bk, Hkv, D]; scratch [D, round_up(Bk)]; ids the blocks; pages this
-    path's row of the page table. A whole tile is scored even where only its first tokens are visible, so `room` is
-    at least round_up(Bk) more than the visible tokens. Returns how many those are.
+    q flat, `rows` heads from `first` on; k [S, Bk, Hkv, D]; scratch [D, round_up(Bk)]; ids the blocks; pages
+    this path's row of the page table. A whole tile is scored even where only its first tokens are visible, so
+    `room` is at least round_up(Bk) more than the visible tokens. Returns how many those are.
     """
     _, block_size, _, dim = k.shape
     width = scratch.shape[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
 
-__all__ = ["check_layout", "check_pages", "check_same_kind", "check_shape", "choose_backend"]
+__all__ = ["check_heads", "check_layout", "check_pages", "check_same_kind", "check_shape", "choose_backend"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -72,4 +72,14 @@ def check_pages(operation: str, name: str, pages: Tensor, layout: PackedLayout) 
         raise InputError(
             f"{operation}: {name} [S, {layout.block_size}, ...] expected (the layout's block_size), "
             f"got {list(pages.shape)}"
+        )
+
+
+def check_heads(operation: str, q: Tensor, k_pages: Tensor) -> None:
+    """Raises InputError unless k_pages is [S, Bk, Hkv, D] with q's D and Hq is a multiple of Hkv."""
+    check_shape(operation, "k_pages", k_pages, (None, None, None, q.shape[2]), "[S, Bk, Hkv, D]")
+    groups = k_pages.shape[2]
+    if q.shape[1] % groups:
+        raise InputError(
+            f"{operation}: query heads a multiple of the {groups} kv heads expected, got {q.shape[1]}"
         )

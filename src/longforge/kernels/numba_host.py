@@ -1,8 +1,8 @@
 """What the numba backends need on the Python side: the decorator, the threads, arrays over tensors.
 
-Threads. numba's `omp` layer (in the Linux wheels) is taken where it loads: it may be entered by two Python threads at
-once, an engine and a trainer in one process for example. `workqueue`, numba's last resort, may not, so under it calls
-wait for each other. Both use as many threads as torch does.
+Threads. numba's `omp` layer (in the Linux wheels) is taken where it loads: it may be entered by two Python
+threads at once, an engine and a trainer in one process for example. `workqueue`, numba's last resort, may
+not, so under it calls wait for each other. Both use as many threads as torch does.
 """
 
 import hashlib
@@ -30,20 +30,20 @@ __all__ = [
     "wide_array",
 ]
 
+CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
 _ONE_AT_A_TIME = threading.Lock()
 
 
 def _cache_folder() -> str:
     """Where this version of the kernels keeps its machine code.
 
-    numba's cache of a function knows when the function's own file changes, not when a file it calls into does. The
-    hash of all kernel sources in the folder's name makes a stale cache impossible.
+    numba's cache of a function knows when the function's own file changes, not when a file it calls into
+    does. Those are the files beside this one: their hash in the folder's name makes a stale cache impossible.
     """
-    here = Path(__file__).parent
     sources = hashlib.sha256()
-    for file in sorted(here.rglob("*.py")):
+    for file in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(file.read_bytes())
-    base = numba.config.CACHE_DIR or str(
+    base = CONFIG.CACHE_DIR or str(
         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longforge" / "numba"
     )
     return str(Path(base) / sources.hexdigest()[:16])
@@ -53,15 +53,16 @@ _CACHE_FOLDER = _cache_folder()
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit(cache=True, **options)`, cached in this version's folder; numba's own setting stays as it was."""
+    """`numba.njit(cache=True, **options)`, cached in this version's folder; numba's own setting stays as it
+    was."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _CACHE_FOLDER
+        before = CONFIG.CACHE_DIR
+        CONFIG.CACHE_DIR = _CACHE_FOLDER
         try:
             return numba.njit(cache=True, **options)(function)
         finally:
-            numba.config.CACHE_DIR = before
+            CONFIG.CACHE_DIR = before
 
     return decorate
 
@@ -72,10 +73,14 @@ SMALL = 1 << 20
 
 @contextmanager
 def parallel_region(work: int) -> Iterator[None]:
-    """Around every call of a parallel kernel: torch's number of threads (one where the work, in multiply-adds, is
-    small), and one caller at a time where needed."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads if work > SMALL else 1)
+    """Around every call of a parallel kernel: torch's number of threads (one where the work, in
+    multiply-adds, is small), and one caller at a time where needed."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, CONFIG.NUMBA_NUM_THREADS) if work > SMALL else 1)
+    # The first call above starts numba's threads, and where both use one OpenMP runtime that changes torch's
+    # number.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     if numba.threading_layer() == "workqueue":
         with _ONE_AT_A_TIME:
             yield
@@ -90,8 +95,8 @@ def wide_array(x: Tensor) -> np.ndarray:
 
 
 def raw_array(x: Tensor) -> np.ndarray:
-    """Like wide_array, but bf16 comes as its bits (uint16), which kernels widen as they read: a pool of keys is
-    much larger than what one step reads of it."""
+    """Like wide_array, but bf16 comes as its bits (uint16), which kernels widen as they read: a pool of keys
+    is much larger than what one step reads of it."""
     x = x.detach()
     return x.contiguous().view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else wide_array(x)
 

@@ -1,4 +1,5 @@
-"""The plain view of a packed layout that the reference backends loop over: one path and its whole prefix at a time."""
+"""The plain view of a packed layout that the reference backends loop over: one path and its whole prefix at a
+time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

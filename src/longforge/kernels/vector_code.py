@@ -1,17 +1,21 @@
 """The compiled building blocks of the numba backends: a small matrix product and an exponential.
 
-Attention over a few keys is a chain of tiny matrix products whose sizes are known only at run time; a compiler that
-vectorises loops by itself spends most of its time on entering them. So the inner tile is written in vector
-instructions, LANES numbers wide, portable LLVM IR: rows of the result stay in registers for the whole sum.
+Attention over a few keys is a chain of tiny matrix products whose sizes are known only at run time; a
+compiler that vectorises loops by itself spends most of its time on entering them. So the inner tile is
+written in vector instructions, LANES numbers wide, portable LLVM IR: rows of the result stay in registers for
+the whole sum.
 """
 
 import math
+from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import overload
 
 from longforge.kernels.numba_host import compiled
 
@@ -24,27 +28,39 @@ __all__ = [
     "product_in_order",
     "round_up",
     "softmax",
-    "widen",
+    "transpose",
 ]
+
+intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
 
 LANES = 16
 ROWS = 4
 
 
+def _load_row(builder, pointer, vector, half: bool, size: int):
+    """IR: the vector at the pointer; bf16 bits (half) become the upper halves of fp32 numbers."""
+    if not half:
+        return builder.load(builder.bitcast(pointer, ir.PointerType(vector)), align=size)
+    narrow = ir.VectorType(ir.IntType(16), vector.count)
+    wide = ir.VectorType(ir.IntType(32), vector.count)
+    bits = builder.load(builder.bitcast(pointer, ir.PointerType(narrow)), align=2)
+    shifted = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * vector.count))
+    return builder.bitcast(shifted, vector)
+
+
 def _tile(rows: int, lanes: int, in_order: bool):
     """An intrinsic: out[r, l] (+)= sum over i < inner of a[r, i] * b[i, l], for r < rows and l < lanes.
 
-    Arrays are flat, with the offset of the first element and strides: out[o + r * o_row + l],
-    a[a0 + r * a_row + i * a_step], b[b0 + i * b_row + l]. in_order: each product is rounded before it is added;
+    Arrays are flat, with the offset of the first element and strides: out[o + r * o_row + l], a[a0 + r *
+    a_row + i * a_step], b[b0 + i * b_row + l]. in_order: each product is rounded before it is added;
     otherwise the pair may be one fused instruction. Both add in ascending order of i.
     """
     flags = () if in_order else ("contract",)
 
     @intrinsic
     def tile(typingctx, out, o, o_row, a, a0, a_row, a_step, b, b0, b_row, inner, add):
-        sig = types.void(
-            out, *[types.intp] * 2, a, *[types.intp] * 3, b, *[types.intp] * 3, types.boolean
-        )  # fmt: skip
+        n = types.intp
+        sig = types.void(out, n, n, a, n, n, n, b, n, n, n, types.boolean)
 
         def codegen(context, builder, signature, args):
             out_v, o, o_row, a_v, a0, a_row, a_step, b_v, b0, b_row, inner, add = args
@@ -68,11 +84,7 @@ def _tile(rows: int, lanes: int, in_order: bool):
             half = signature.args[7].dtype == types.uint16
             size = context.get_abi_sizeof(number)
             targets = [
-                address(
-                    out_p,
-                    builder.add(o, builder.mul(o_row, ir.Constant(o_row.type, r))),
-                    vector,
-                )
+                address(out_p, builder.add(o, builder.mul(o_row, ir.Constant(o_row.type, r))), vector)
                 for r in range(rows)
             ]
             sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
@@ -83,13 +95,7 @@ def _tile(rows: int, lanes: int, in_order: bool):
                     builder.store(builder.load(target, align=size), total)
             with cgutils.for_range(builder, inner) as loop:
                 at = builder.add(b0, builder.mul(loop.index, b_row))
-                if half:
-                    bits = builder.load(address(b_p, at, ir.VectorType(ir.IntType(16), lanes)), align=2)
-                    wide = ir.VectorType(ir.IntType(32), lanes)
-                    by = ir.Constant(wide, [16] * lanes)
-                    row = builder.bitcast(builder.shl(builder.zext(bits, wide), by), vector)
-                else:
-                    row = builder.load(address(b_p, at, vector), align=size)
+                row = _load_row(builder, builder.gep(b_p, [at]), vector, half, size)
                 first = builder.add(a0, builder.mul(loop.index, a_step))
                 for r in range(rows):
                     where = builder.add(first, builder.mul(a_row, ir.Constant(a_row.type, r)))
@@ -106,88 +112,94 @@ def _tile(rows: int, lanes: int, in_order: bool):
 
 
 def _product(in_order: bool):
-    many, one = _tile(ROWS, LANES, in_order), _tile(1, LANES, in_order)
-    two, scalar = _tile(2, LANES, in_order), _tile(1, 1, in_order)
+    many, two, one = (_tile(rows, LANES, in_order) for rows in (ROWS, 2, 1))
+    scalar = _tile(1, 1, in_order)
 
     @compiled(error_model="numpy")
-    def product(out, o, o_row, a, a0, a_row, a_step, b, b0, b_row, rows, inner, columns, add):
-        """out [rows, columns] = (out if add else 0) + a [rows, inner] @ b [inner, columns].
-
-        out, a, b: flat arrays; o, a0, b0 the first element; o_row, a_row, b_row the distance of rows, a_step of
-        columns of a. out and b have contiguous columns. b may hold bf16 bits (uint16).
-        """
+    def all_tiles(out, o, o_row, a, a0, a_row, a_step, b, b0, b_row, rows, inner, columns, add):
         whole = columns - columns % LANES
         for c in range(0, whole, LANES):
             r = 0
             while r + ROWS <= rows:
-                many(
-                    out,
-                    o + r * o_row + c,
-                    o_row,
-                    a,
-                    a0 + r * a_row,
-                    a_row,
-                    a_step,
-                    b,
-                    b0 + c,
-                    b_row,
-                    inner,
-                    add,
-                )
+                to, at = o + r * o_row + c, a0 + r * a_row
+                many(out, to, o_row, a, at, a_row, a_step, b, b0 + c, b_row, inner, add)
                 r += ROWS
             if r + 2 <= rows:
-                two(
-                    out,
-                    o + r * o_row + c,
-                    o_row,
-                    a,
-                    a0 + r * a_row,
-                    a_row,
-                    a_step,
-                    b,
-                    b0 + c,
-                    b_row,
-                    inner,
-                    add,
-                )
+                to, at = o + r * o_row + c, a0 + r * a_row
+                two(out, to, o_row, a, at, a_row, a_step, b, b0 + c, b_row, inner, add)
                 r += 2
             if r < rows:
-                one(
-                    out,
-                    o + r * o_row + c,
-                    o_row,
-                    a,
-                    a0 + r * a_row,
-                    a_row,
-                    a_step,
-                    b,
-                    b0 + c,
-                    b_row,
-                    inner,
-                    add,
-                )
+                to, at = o + r * o_row + c, a0 + r * a_row
+                one(out, to, o_row, a, at, a_row, a_step, b, b0 + c, b_row, inner, add)
         for c in range(whole, columns):
             for r in range(rows):
-                scalar(
-                    out,
-                    o + r * o_row + c,
-                    o_row,
-                    a,
-                    a0 + r * a_row,
-                    a_row,
-                    a_step,
-                    b,
-                    b0 + c,
-                    b_row,
-                    inner,
-                    add,
-                )
+                to, at = o + r * o_row + c, a0 + r * a_row
+                scalar(out, to, o_row, a, at, a_row, a_step, b, b0 + c, b_row, inner, add)
+
+    @compiled(inline="always")
+    def product(out, o, o_row, a, a0, a_row, a_step, b, b0, b_row, rows, inner, columns, add):
+        """out [rows, columns] = (out if add else 0) + a [rows, inner] @ b [inner, columns].
+
+        out, a, b: flat arrays; o, a0, b0 the first element; o_row, a_row, b_row the distance of rows, a_step
+        of columns of a. out and b have contiguous columns. b may hold bf16 bits (uint16).
+        """
+        # Constants are types of their own to numba: without the casts it compiles one copy per call.
+        all_tiles(
+            out, np.int64(o), np.int64(o_row), a, np.int64(a0), np.int64(a_row), np.int64(a_step), b,
+            np.int64(b0), np.int64(b_row), np.int64(rows), np.int64(inner), np.int64(columns), bool(add),
+        )  # fmt: skip
 
     return product
 
 
 product = _product(in_order=False)
 product_in_order = _product(in_order=True)
+
+
+@intrinsic
+def _transpose_tile(typingctx, out, o, o_row, a, a0, a_row):
+    """out[o + c * o_row + r] = a[a0 + r * a_row + c] for r, c < LANES, by four rounds of perfect shuffles."""
+    sig = types.void(out, types.intp, types.intp, a, types.intp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        out_v, o, o_row, a_v, a0, a_row = args
+        number = context.get_value_type(signature.args[0].dtype)
+        size = context.get_abi_sizeof(number)
+        vector = ir.VectorType(number, LANES)
+        out_p = context.make_array(signature.args[0])(context, builder, out_v).data
+        a_p = context.make_array(signature.args[3])(context, builder, a_v).data
+        half = signature.args[3].dtype == types.uint16
+
+        def at(base, first, step, i):
+            return builder.gep(base, [builder.add(first, builder.mul(step, ir.Constant(step.type, i)))])
+
+        def mask(start):
+            indices = [start + i // 2 + (LANES if i % 2 else 0) for i in range(LANES)]
+            return ir.Constant(ir.VectorType(ir.IntType(32), LANES), indices)
+
+        rows = [_load_row(builder, at(a_p, a0, a_row, r), vector, half, size) for r in range(LANES)]
+        for _ in range(LANES.bit_length() - 1):
+            pairs = [(rows[r], rows[r + LANES // 2]) for r in range(LANES // 2)]
+            rows = [builder.shuffle_vector(x, y, mask(start)) for x, y in pairs for start in (0, LANES // 2)]
+        for c, row in enumerate(rows):
+            target = builder.bitcast(at(out_p, o, o_row, c), ir.PointerType(vector))
+            builder.store(row, target, align=size)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@compiled(error_model="numpy")
+def transpose(out, o, o_row, a, a0, a_row, rows, columns):
+    """out[o + c * o_row + r] = a[a0 + r * a_row + c] for r < rows, c < columns; flat arrays, a may hold bf16
+    bits."""
+    whole_rows, whole_columns = rows - rows % LANES, columns - columns % LANES
+    for r in range(0, whole_rows, LANES):
+        for c in range(0, whole_columns, LANES):
+            _transpose_tile(out, o + c * o_row + r, o_row, a, a0 + r * a_row + c, a_row)
+    for r in range(rows):
+        for c in range(whole_columns if r < whole_rows else 0, columns):
+            out[o + c * o_row + r] = widen(a[a0 + r * a_row + c])
 
 
 @compiled()
@@ -244,7 +256,8 @@ ROUND = 12582912.0
 
 
 def _exponential_of_single(x):
-    """2**n * exp(r) with |r| <= ln(2) / 2 by its Taylor series to r**7 (next term 5e-9); below 2**-126 it is 0."""
+    """2**n * exp(r) with |r| <= ln(2) / 2 by its Taylor series to r**7 (next term 5e-9); below
+    exp(-87) it is 0."""
     shifted = x * f32(1.4426950408889634) + f32(ROUND)
     n = shifted - f32(ROUND)
     # ln 2 in two parts, the first short enough for n * part to be exact.

@@ -4,10 +4,16 @@ import torch
 from torch import Tensor
 
 from longforge.errors import InputError
-from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
+from longforge.kernels.checks import (
+    check_heads,
+    check_layout,
+    check_pages,
+    check_same_kind,
+    check_shape,
+    choose_backend,
+)
 from longforge.kernels.index_loss import cpu, reference
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.sparse_attention.api import check_heads
 
 __all__ = ["BACKENDS", "index_loss"]
 
@@ -37,8 +43,8 @@ def index_loss(
     q              [N, Hq, D]           k_pages        [S, Bk, Hkv, D]
     blocks         int32 [N, Hkv, K] as `select_blocks` returns them, or None
     scale          default D ** -0.5    index_scale    default Di ** -0.5
-    weights        [N] of at least 0, default 1: how often a token counts. The divisor is sum(weights) * Hkv; with no
-                   weight at all the loss is 0.
+    weights        [N] of at least 0, default 1: how often a token counts. The divisor is sum(weights) * Hkv;
+                   with no weight at all the loss is 0.
     Returns a scalar, fp32 (fp64 for fp64 inputs). Raises InputError for shapes that do not fit together.
     """
     name = "index_loss"

@@ -1,12 +1,13 @@
 """The index loss on the CPU: value and gradients in one pass, by the closed form.
 
-The gradient with respect to a token's student logit is weight * (student - teacher) / divisor (MSA paper 4.3), so the
-forward pass has everything the backward pass would need and stores d_index_q and d_index_k. The index key is shared
-by all groups: each group adds to its own copy of d_index_k and the copies are summed in order, so the result does not
-depend on threads.
+The gradient with respect to a token's student logit is weight * (student - teacher) / divisor (MSA paper
+4.3), so the forward pass has everything the backward pass would need and stores d_index_q and d_index_k. The
+index key is shared by all groups: each group adds to its own copy of d_index_k and the copies are summed in
+order, so the result does not depend on threads.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from longforge.kernels.numba_host import (
     shares_pages,
     wide_array,
 )
-from longforge.kernels.vector_code import exponentials, largest, product, round_up, softmax
+from longforge.kernels.vector_code import product, round_up, softmax
 
 __all__ = ["index_loss"]
 
@@ -39,8 +40,10 @@ def index_loss(
     index_scale: float,
     weights: Tensor,
 ) -> Tensor:
-    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], q [N, Hq, D], k_pages [S, Bk, Hkv, D] -> scalar. See api.py."""
-    return _IndexLoss.apply(index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights)  # pyright: ignore
+    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], q [N, Hq, D], k_pages [S, Bk, Hkv, D] -> scalar. See
+    api.py."""
+    apply: Any = _IndexLoss.apply
+    return apply(index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights)
 
 
 class _IndexLoss(torch.autograd.Function):
@@ -96,8 +99,8 @@ def _all_units(
 ):  # fmt: skip
     for unit in prange((len(starts) - 1) * k.shape[2]):
         _unit(
-            np.int64(unit), index_q, index_k, index_tiles, q, k, tiles, tile_of, blocks, most, positions, paths, table,
-            scale, index_scale, weights, starts, values, d_index_q, d_index_k,
+            np.int64(unit), index_q, index_k, index_tiles, q, k, tiles, tile_of, blocks, most, positions,
+            paths, table, scale, index_scale, weights, starts, values, d_index_q, d_index_k,
         )  # fmt: skip
 
 
@@ -122,8 +125,8 @@ def _unit(
         position, pages = positions[i], table[paths[i]]
         ids = blocks[i, g] if len(blocks) else every[: position // block_size + 1]
         count = score_blocks(
-            flat_q, (i * heads + g * per_group) * dim, per_group, k, g, tiles, tile_of, tiles[0, 0], ids, position,
-            pages, teachers, room,
+            flat_q, (i * heads + g * per_group) * dim, per_group, k, g, tiles, tile_of, tiles[0, 0], ids,
+            position, pages, teachers, room,
         )  # fmt: skip
         for h in range(per_group):
             softmax(teachers, h * room, count, scale)

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape
+from longforge.kernels.checks import check_heads, check_layout, check_pages, check_same_kind, check_shape
 from longforge.kernels.index_loss.reference import teacher_probabilities
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.prefixes import prefixes, visible_tokens
-from longforge.kernels.sparse_attention.api import check_heads
 
 __all__ = ["selection_recall"]
 
@@ -18,9 +17,9 @@ def selection_recall(
 ) -> Tensor:
     """Mean, over tokens and heads, of the full causal softmax's mass that lies in the selected blocks.
 
-    q [N, Hq, D], k_pages [S, Bk, Hkv, D], blocks int32 [N, Hkv, K], scale default D ** -0.5. Returns a float64 scalar
-    in [0, 1] (the score recall of MSA paper fig. 3). It scores whole prefixes: a measurement, not a step of training.
-    Raises InputError for shapes that do not fit together.
+    q [N, Hq, D], k_pages [S, Bk, Hkv, D], blocks int32 [N, Hkv, K], scale default D ** -0.5. Returns a
+    float64 scalar in [0, 1] (the score recall of MSA paper fig. 3). It scores whole prefixes: a measurement,
+    not a step of training. Raises InputError for shapes that do not fit together.
     """
     name = "selection_recall"
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
@@ -29,10 +28,10 @@ def selection_recall(
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
     check_shape(name, "blocks", blocks, (q.shape[0], k_pages.shape[2], None), "[N, Hkv, K]")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     captured = torch.zeros((), dtype=torch.float64, device=q.device)
     for path in prefixes(layout):
         chosen = visible_tokens(path, blocks[path.rows], layout.block_size)
-        full = teacher_probabilities(q[path.rows], path.keys(k_pages), path.causal()[:, None, :], scale)
+        full = teacher_probabilities(q[path.rows], path.keys(k_pages), path.causal()[:, None, :], factor)
         captured += full.double().masked_fill(~chosen, 0.0).sum()
     return captured / max(1, q.shape[0] * k_pages.shape[2])

@@ -45,7 +45,8 @@ def token_support(path: Prefix, blocks: Tensor | None, block_size: int) -> Tenso
 
 @torch.no_grad()
 def teacher_probabilities(q: Tensor, keys: Tensor, support: Tensor, scale: float) -> Tensor:
-    """q [n, Hq, D], keys [T, Hkv, D], support bool [n, Hkv or 1, T] -> [n, Hkv, T], the mean over a group's heads."""
+    """q [n, Hq, D], keys [T, Hkv, D], support bool [n, Hkv or 1, T] -> [n, Hkv, T], the mean over a group's
+    heads."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(wide).unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("nghd,tgd->nght", grouped, keys.to(wide)) * scale

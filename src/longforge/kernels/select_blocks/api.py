@@ -20,10 +20,11 @@ def select_blocks(
     """Selects, per query token and GQA group, the top_k blocks of the query's path (MSA paper 3.1, eq. 5-7).
 
     A block's score is the maximum over its visible tokens (position <= the query's) of index_q . index_k. The
-    query's own block always takes one of the slots; the others go to the best scores, ties to the lower block id.
-    1/sqrt(Di) does not change the ranking and is left out. The rule of arithmetic is part of the definition: inputs
-    are rounded to fp32, products are rounded to fp32 and added in ascending order of the index dimension. So the
-    choice does not depend on how tokens are packed or chunked, and both backends choose the same.
+    query's own block always takes one of the slots; the others go to the best scores, ties to the lower block
+    id. 1/sqrt(Di) does not change the ranking and is left out. The rule of arithmetic is part of the
+    definition: inputs are rounded to fp32, products are rounded to fp32 and added in ascending order of the
+    index dimension. So the choice does not depend on how tokens are packed or chunked, and both backends
+    choose the same.
 
     index_q        [N, Hkv, Di]
     index_k_pages  [S, Bk, Di], one key shared by all groups

@@ -1,9 +1,9 @@
 """Block selection on the CPU: scores and block maximum in one pass, then a small insertion top-k.
 
-Products and sums follow api.py's rule of arithmetic to the bit (no fused multiply-add, no reordering), so the choice
-equals the reference's and does not depend on chunks or threads. A block of index keys is transposed once into scratch
-and serves all groups of a few queries. The own block is forced, so its score is never needed, and every block that is
-scored lies wholly before the query: no mask is left.
+Products and sums follow api.py's rule of arithmetic to the bit (no fused multiply-add, no reordering), so the
+choice equals the reference's and does not depend on chunks or threads. A block of index keys is transposed
+once into scratch and serves all groups of a few queries. The own block is forced, so its score is never
+needed, and every block that is scored lies wholly before the query: no mask is left.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, path_starts, raw_array
-from longforge.kernels.vector_code import product_in_order, round_up, widen
+from longforge.kernels.vector_code import product_in_order, round_up, transpose
 
 __all__ = ["select_blocks"]
 
@@ -66,10 +66,11 @@ def _chunks(starts, first, last, size):
 
 @compiled(parallel=True, error_model="numpy")
 def _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima):
-    """maxima[i - first, g, b] = max over block b of q[i, g] . key, for the blocks b before the query's own."""
+    """maxima[i - first, g, b] = max over block b of q[i, g] . key, for the blocks b before the query's
+    own."""
     _, groups, dim = q.shape
     block_size = keys.shape[1]
-    flat_q = q.reshape(-1)
+    flat_q, flat_keys = q.reshape(-1), keys.reshape(-1)
     width = round_up(block_size)
     spans = (maxima.shape[2] + SPAN - 1) // SPAN
     for unit in prange(len(chunks) * spans):
@@ -83,14 +84,13 @@ def _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima
         scores = np.empty(groups * width, dtype=np.float32)
         for b in range(from_block, to_block):
             page = table[paths[begin], b]
-            for j in range(block_size):
-                for d in range(dim):
-                    tile[d * width + j] = widen(keys[page, j, d])
+            transpose(tile, 0, width, flat_keys, np.int64(page) * block_size * dim, dim, block_size, dim)
             for i in range(begin, end):
                 own = positions[i] // block_size
                 if b < own and own >= top_k:
                     product_in_order(
-                        scores, 0, width, flat_q, i * groups * dim, dim, 1, tile, 0, width, groups, dim, width, False
+                        scores, 0, width, flat_q, i * groups * dim, dim, 1, tile, 0, width, groups, dim,
+                        width, False
                     )  # fmt: skip
                     for g in range(groups):
                         maxima[i - first, g, b] = _largest(scores[g * width : g * width + block_size])
@@ -118,7 +118,7 @@ def _best_blocks(maxima, positions, block_size, selected):
                     row[b] = b
             else:
                 _insert_best(maxima[i, g], own, values, row)
-                row[: top_k - 1].sort()
+                _sort(row, top_k - 1)
                 row[top_k - 1] = own
 
 
@@ -139,3 +139,13 @@ def _insert_best(scores, count, values, ids):
         values[at] = score
         ids[at] = b
         filled = min(filled + 1, room)
+
+
+@compiled()
+def _sort(ids, count):
+    for i in range(1, count):
+        moved, at = ids[i], i
+        while at > 0 and ids[at - 1] > moved:
+            ids[at] = ids[at - 1]
+            at -= 1
+        ids[at] = moved

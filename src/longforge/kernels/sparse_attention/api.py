@@ -2,12 +2,18 @@
 
 from torch import Tensor
 
-from longforge.errors import InputError
-from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
+from longforge.kernels.checks import (
+    check_heads,
+    check_layout,
+    check_pages,
+    check_same_kind,
+    check_shape,
+    choose_backend,
+)
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.sparse_attention import cpu, reference
 
-__all__ = ["BACKENDS", "check_heads", "sparse_attention"]
+__all__ = ["BACKENDS", "sparse_attention"]
 
 BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
 
@@ -22,11 +28,12 @@ def sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible tokens (position <= the query's) of the selected blocks (MSA paper 3.1, eq. 8).
+    """Softmax over the visible tokens (position <= the query's) of the selected blocks (MSA paper, eq. 8).
 
     q        [N, Hq, D]; query heads g * G .. g * G + G - 1 share kv head (group) g
     k_pages  [S, Bk, Hkv, D], v_pages the same; rows after a query's position are never read for it
-    blocks   int32 [N, Hkv, K], logical block ids of the query's path as `select_blocks` returns them, -1 for none
+    blocks   int32 [N, Hkv, K], logical block ids of the query's path as `select_blocks` returns them: the own
+             block is among them, -1 stands for none
     scale    default D ** -0.5
     Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
@@ -42,12 +49,3 @@ def sparse_attention(
     check_shape(name, "blocks", blocks, (q.shape[0], k_pages.shape[2], None), "[N, Hkv, K]")
     compute = choose_backend(name, BACKENDS, backend, q.device)
     return compute(q, k_pages, v_pages, blocks, layout, q.shape[2] ** -0.5 if scale is None else scale)
-
-
-def check_heads(operation: str, q: Tensor, k_pages: Tensor) -> None:
-    """Raises InputError unless k_pages is [S, Bk, Hkv, D] with q's D and Hq a multiple of Hkv."""
-    check_shape(operation, "k_pages", k_pages, (None, None, None, q.shape[2]), "[S, Bk, Hkv, D]")
-    if q.shape[1] % k_pages.shape[2]:
-        raise InputError(
-            f"{operation}: query heads a multiple of the {k_pages.shape[2]} kv heads expected, got {q.shape[1]}"
-        )

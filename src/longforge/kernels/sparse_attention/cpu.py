@@ -1,9 +1,11 @@
 """Block-sparse attention on the CPU.
 
-One unit of work is (a few query tokens, one group): the group's G query heads share the keys they load. Scores of a
-query's whole support stand in scratch, so the softmax is the plain two-pass one, and the backward pass recomputes it
-from the log-sum-exp.
+One unit of work is (a few query tokens, one group): the group's G query heads share the keys they load.
+Scores of a query's whole support stand in scratch, so the softmax is the plain two-pass one, and the backward
+pass recomputes it from the log-sum-exp.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [N, Hq, D], k_pages, v_pages [S, Bk, Hkv, D], blocks [N, Hkv, K] -> out, lse. See api.py."""
     if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
-        out, lse = _SparseAttention.apply(q, k_pages, v_pages, blocks, layout, scale)  # pyright: ignore
+        apply: Any = _SparseAttention.apply
+        out, lse = apply(q, k_pages, v_pages, blocks, layout, scale)
     else:
         out, lse = _attend(q, k_pages, v_pages, blocks, layout, scale)
     return out, lse.float()
@@ -76,14 +79,14 @@ class _SparseAttention(torch.autograd.Function):
         wide_q, k, v = wide_array(q), wide_array(k_pages), wide_array(v_pages)
         d_q, d_k, d_v = np.empty_like(wide_q), np.zeros_like(k), np.zeros_like(v)
         ids = blocks.to(torch.int32).contiguous().numpy()
-        # A unit owns what it adds to: its group of the pages of its path, or of all pages where paths share some.
+        # A unit owns what it adds to: its group of its path's pages, or of all pages where paths share some.
         starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
         with parallel_region(_work(q, k.shape[1], ids)):
             k_tiles, tile_of = transposed(k, table, wide_q.dtype)
             v_tiles, _ = transposed(v, table, wide_q.dtype)
             _backward(
-                wide_q, k, k_tiles, v_tiles, tile_of, ids, positions, paths, table, wide_q.dtype.type(ctx.scale),
-                wide_array(d_out), lse.numpy(), starts, d_q, d_k, d_v,
+                wide_q, k, k_tiles, v_tiles, tile_of, ids, positions, paths, table,
+                wide_q.dtype.type(ctx.scale), wide_array(d_out), lse.numpy(), starts, d_q, d_k, d_v,
             )  # fmt: skip
         grads = zip((d_q, d_k, d_v), (q, k_pages, v_pages), strict=True)
         return *(torch.from_numpy(grad).to(x.dtype) for grad, x in grads), None, None, None
@@ -135,8 +138,8 @@ def _backward(
 ):
     for unit in prange((len(starts) - 1) * k.shape[2]):
         _backward_unit(
-            np.int64(unit), q, k, k_tiles, v_tiles, tile_of, blocks, positions, paths, table, scale, d_out, lse,
-            starts, d_q, d_k, d_v,
+            np.int64(unit), q, k, k_tiles, v_tiles, tile_of, blocks, positions, paths, table, scale, d_out,
+            lse, starts, d_q, d_k, d_v,
         )  # fmt: skip
 
 

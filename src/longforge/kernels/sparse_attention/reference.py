@@ -12,7 +12,8 @@ __all__ = ["head_scores", "sparse_attention"]
 def sparse_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, blocks: Tensor, layout: PackedLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [N, Hq, D], k_pages and v_pages [S, Bk, Hkv, D], blocks [N, Hkv, K] -> out [N, Hq, D], lse [N, Hq]."""
+    """q [N, Hq, D], k_pages and v_pages [S, Bk, Hkv, D], blocks [N, Hkv, K] -> out [N, Hq, D], lse [N,
+    Hq]."""
     outs, lses = [q.new_zeros((0, *q.shape[1:]))], [q.new_zeros((0, q.shape[1]), dtype=torch.float32)]
     for path in prefixes(layout):
         mask = visible_tokens(path, blocks[path.rows], layout.block_size)
