@@ -18,7 +18,9 @@ from longforge.forge.code_search.sandbox import Sandbox, ServerLimits
 
 HOSTILE = """
     import ctypes, os, socket, subprocess, sys, time, urllib.request
+    from longforge.forge.code_search import isolation
     from longforge.forge.code_search.tool_server import main
+    {weakened}
 
     def connect(): socket.create_connection(("127.0.0.1", {port}), timeout=2); return "connected"
     def fetch(): return urllib.request.urlopen("http://127.0.0.1:{port}").read().decode()
@@ -72,14 +74,41 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, in
         yield folder, listener.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def hostile(zoo: Path, outside: tuple[Path, int]) -> Iterator[Sandbox]:
-    """A tool server whose tools try everything that tools must not."""
+def start_hostile(zoo: Path, outside: tuple[Path, int], weakened: str) -> Sandbox:
+    """A tool server whose tools try everything that tools must not; `weakened` may pull down some walls."""
     folder, port = outside
     program = folder / "hostile.py"
-    program.write_text(textwrap.dedent(HOSTILE).format(folder=folder, port=port))
+    program.write_text(textwrap.dedent(HOSTILE).format(folder=folder, port=port, weakened=weakened))
     limits = ServerLimits(deadline_s=0.4, max_output=500)
-    with Sandbox(zoo, limits=limits, program=[str(program)]) as sandbox:
+    return Sandbox(zoo, limits=limits, program=[str(program)])
+
+
+@pytest.fixture(scope="module")
+def hostile(zoo: Path, outside: tuple[Path, int]) -> Iterator[Sandbox]:
+    with start_hostile(zoo, outside, "") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def hostile_without_kernel(zoo: Path, outside: tuple[Path, int]) -> Iterator[Sandbox]:
+    """As where user namespaces are forbidden: the audit hook stands alone."""
+    weakened = "isolation._succeeds = isolation._change_root = lambda *_: False"
+    with start_hostile(zoo, outside, weakened) as sandbox:
+        assert sandbox.isolation == {
+            "network": False,
+            "root": False,
+            "capabilities": False,
+            "audit_hook": True,
+        }
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def hostile_without_hook(zoo: Path, outside: tuple[Path, int]) -> Iterator[Sandbox]:
+    """As if native code had got round Python: the kernel's walls stand alone."""
+    with start_hostile(zoo, outside, "isolation._refuse = lambda *_: None") as sandbox:
+        if not (sandbox.isolation["network"] and sandbox.isolation["root"]):
+            pytest.skip("this machine forbids user namespaces")
         yield sandbox
 
 
@@ -97,12 +126,35 @@ def test_the_walls_are_reported(hostile: Sandbox) -> None:
     assert hostile.isolation["audit_hook"]
 
 
-@pytest.mark.parametrize("deed", REFUSED)
-def test_a_hostile_call_gets_nowhere(hostile: Sandbox, outside: tuple[Path, int], deed: str) -> None:
-    ok, text = hostile.call(deed, {})
+def assert_nothing_happened(sandbox: Sandbox, outside: tuple[Path, int], deed: str) -> None:
+    ok, text = sandbox.call(deed, {})
     assert not ok and text.startswith("error: ")
     assert not (outside[0] / "written").exists() and (outside[0] / "precious").exists()
-    assert hostile.call("grep", {"pattern": f"still alive after {deed}"}) == (True, "no match")
+    assert sandbox.call("grep", {"pattern": f"still alive after {deed}"}) == (True, "no match")
+
+
+@pytest.mark.parametrize("deed", REFUSED)
+def test_a_hostile_call_gets_nowhere(hostile: Sandbox, outside: tuple[Path, int], deed: str) -> None:
+    assert_nothing_happened(hostile, outside, deed)
+
+
+@pytest.mark.parametrize("deed", REFUSED)
+def test_the_hook_alone_stops_python(
+    hostile_without_kernel: Sandbox, outside: tuple[Path, int], deed: str
+) -> None:
+    assert_nothing_happened(hostile_without_kernel, outside, deed)
+
+
+@pytest.mark.parametrize(
+    "deed", [deed for deed in REFUSED if deed not in ("shell", "library", "fork", "kill")]
+)
+def test_the_kernel_alone_keeps_network_files_and_programs_away(
+    hostile_without_hook: Sandbox, outside: tuple[Path, int], deed: str
+) -> None:
+    if deed == "listing":
+        assert hostile_without_hook.call(deed, {}) == (True, "[]")
+    else:
+        assert_nothing_happened(hostile_without_hook, outside, deed)
 
 
 @pytest.mark.parametrize("deed", ["sleep", "spin"])

@@ -116,12 +116,16 @@ _loaded: list[ctypes.CDLL | None] = []
 
 
 def _libc() -> ctypes.CDLL | None:
-    """The C library, loaded once: afterwards the hook refuses to load anything."""
+    """The C library, with its functions looked up at once: later the hook refuses even to look."""
     if not _loaded:
         try:
-            _loaded.append(ctypes.CDLL(None, use_errno=True))
+            library = ctypes.CDLL(None, use_errno=True)
         except OSError:
             _loaded.append(None)
+        else:
+            for name in ("unshare", "prctl", "capset"):
+                getattr(library, name, None)
+            _loaded.append(library)
     return _loaded[0]
 
 

@@ -6,8 +6,8 @@ __all__ = ["normalise", "score"]
 def score(answer: str | None, expected: str) -> float:
     """1.0 where `answer` is `expected`, else 0.0.
 
-    White space around the answer, backticks or quotes around it and one mark of punctuation after it are
-    forgiven; any other word is not. The rule is this strict so that a long guess cannot hide the right name.
+    White space, backticks or quotes around the answer, punctuation after it and the empty brackets of a call
+    are forgiven; any other word is not. The rule is strict so that a long guess cannot hide the right name.
     """
     return 1.0 if answer is not None and normalise(answer) == normalise(expected) else 0.0
 
