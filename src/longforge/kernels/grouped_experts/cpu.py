@@ -6,27 +6,58 @@ order. The backward, grouped alike, needs nothing else: with a = act(h),
     da_t = down_e^T dout_t     dw_t = da_t . a_t
     dh_t = w_t act'(h_t) da_t  ddown_e = sum_t dout_t (w_t a_t)^T
 
-so the rows y_t = down_e a_t, d wide for each pair, are never kept. Every sum has one order: deterministic.
+so the rows y_t = down_e a_t, d wide for each pair, are never kept. torch does the matrix products, in bf16
+where the weights or autocast are; between them numbers are fp32 (fp64 for fp64), one compiled pass over the rows
+each. Every sum has one order: results are deterministic.
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numba import prange, types
+from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longforge.kernels.numba_host import compiled, parallel_region
+from longforge.kernels.vector_code import exponential, widen
+
 __all__ = ["grouped_experts"]
+
+PER_NUMBER = 16
+"""Multiply-adds that an activation costs, about."""
 
 
 class _Order(NamedTuple):
-    """The pairs sorted by expert (stable: by token inside an expert)."""
+    """The pairs sorted by expert, by token inside an expert; pair p is choice p % k of token p // k."""
 
     token: Tensor
-    """int64 [T], the token of each sorted row."""
-    rank: Tensor
-    """int64 [N, k], the sorted row of each pair."""
+    """int64 [T], the token of each row."""
+    pair: np.ndarray
+    """int64 [T], the pair of each row."""
+    rank: np.ndarray
+    """int64 [T], the row of each pair."""
     counts: list[int]
     """Rows of each expert."""
+
+
+class _Activation(NamedTuple):
+    """(up + shift) * gate * sigmoid(alpha * gate), gate and up clamped at limit; silu: shift 0, no limit.
+
+    The numbers are of the type that is computed in.
+    """
+
+    alpha: np.floating
+    limit: np.floating
+    shift: np.floating
+    one: np.floating
+
+    @staticmethod
+    def of(name: str, alpha: float, limit: float, dtype: torch.dtype) -> "_Activation":
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        alpha, limit, shift = (alpha, limit, 1.0) if name == "swiglu_oai" else (1.0, np.inf, 0.0)
+        return _Activation(kind(alpha), kind(limit), kind(shift), kind(1))
 
 
 def grouped_experts(
@@ -40,21 +71,15 @@ def grouped_experts(
     limit: float,
 ) -> Tensor:
     """x [N, d], gate_up [E, 2I, d], down [E, d, I], expert_ids and weights [N, k] -> [N, d]. See api.py."""
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast and x.dtype != torch.float64 else gate_up.dtype
+    dtype = gate_up.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype == torch.float16:  # its products are hundreds of times slower than fp32's on a CPU
+        dtype = torch.float32
+    order = _sorted(expert_ids, gate_up.shape[0])
+    act = _Activation.of(activation, alpha, limit, dtype)
     with torch.autocast("cpu", enabled=False):
-        order = _sort(expert_ids, gate_up.shape[0])
-        act = (activation, alpha, limit)
-        return _GroupedExperts.apply(x, gate_up, down, weights, order, act, dtype)
-
-
-def _sort(expert_ids: Tensor, experts: int) -> _Order:
-    flat = expert_ids.flatten()
-    order = torch.argsort(flat, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    return _Order(order // expert_ids.shape[1], rank.view(expert_ids.shape), counts)
+        return _GroupedExperts.apply(x, gate_up, down, weights, order, act, dtype)  # pyright: ignore
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -68,49 +93,52 @@ class _GroupedExperts(torch.autograd.Function):
         down: Tensor,
         weights: Tensor,
         order: _Order,
-        act: tuple[str, float, float],
+        act: _Activation,
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.to(dtype).index_select(0, order.token)
         hidden = rows.new_empty(len(rows), gate_up.shape[1])
+        active = rows.new_empty(len(rows), down.shape[2])
         _per_expert(rows, gate_up.to(dtype).transpose(1, 2), order.counts, hidden)
-        y = torch.empty_like(rows)
-        _per_expert(_activated(hidden, *act), down.to(dtype).transpose(1, 2), order.counts, y)
-        ctx.save_for_backward(x, gate_up, down, weights, order.token, order.rank, hidden)
-        ctx.counts, ctx.act, ctx.dtype = order.counts, act, dtype
-        by_choice = y.index_select(0, order.rank.flatten()).view(*order.rank.shape, y.shape[1])
-        wide = _wide(dtype)
-        return (by_choice * weights.to(wide)[:, :, None]).sum(1).to(x.dtype)
+        with parallel_region(PER_NUMBER * active.numel()):
+            _activate(_raw(hidden), *act, _raw(active))
+        _per_expert(active, down.to(dtype).transpose(1, 2), order.counts, rows)
+        ctx.save_for_backward(x, gate_up, down, weights, hidden)
+        ctx.order, ctx.act = order, act
+        return _combined(rows, _wide(weights, dtype), order.rank, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, weights, token, rank, hidden = ctx.saved_tensors
-        counts, dtype = ctx.counts, ctx.dtype
-        wide = _wide(dtype)
-        row_weight = torch.empty(len(token), 1, dtype=wide)
-        row_weight[rank.flatten()] = weights.reshape(-1, 1).to(wide)
+        x, gate_up, down, weights, hidden = ctx.saved_tensors
+        token, pair, rank, counts = ctx.order
+        dtype = hidden.dtype
         d_rows = d_out.to(dtype).index_select(0, token)
-        d_active = d_rows.new_empty(len(token), down.shape[2])
-        _per_expert(d_rows, down.to(dtype), counts, d_active)
-        active, d_hidden, d_row_weight = _activation_backward(hidden, d_active, row_weight, *ctx.act)
-        d_x = d_gate_up = d_down = d_weights = None
-        if ctx.needs_input_grad[0]:
-            d_x_rows = d_rows.new_empty(d_rows.shape)
-            _per_expert(d_hidden, gate_up.to(dtype), counts, d_x_rows)
-            d_x = d_x_rows.index_select(0, rank.flatten()).view(*rank.shape, x.shape[1]).sum(1).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            d_gate_up = _per_weight(d_hidden, x.to(dtype).index_select(0, token), counts).to(gate_up.dtype)
+        active = hidden.new_empty(len(hidden), down.shape[2])
+        _per_expert(d_rows, down.to(dtype), counts, active)
+        d_hidden = torch.empty_like(hidden)
+        wide_weights = _wide(weights, dtype)
+        d_weights = np.empty_like(wide_weights)
+        with parallel_region(2 * PER_NUMBER * active.numel()):
+            _activate_backward(
+                _raw(hidden), *ctx.act, wide_weights.reshape(-1), pair, _raw(active), _raw(d_hidden),
+                d_weights.reshape(-1),
+            )  # fmt: skip
+        d_x = d_gate_up = d_down = None
         if ctx.needs_input_grad[2]:
             d_down = _per_weight(d_rows, active, counts).to(down.dtype)
-        if ctx.needs_input_grad[3]:
-            d_weights = d_row_weight.index_select(0, rank.flatten()).view(rank.shape).to(weights.dtype)
-        return d_x, d_gate_up, d_down, d_weights, None, None, None
+        if ctx.needs_input_grad[1]:
+            rows = x.to(dtype).index_select(0, token)
+            d_gate_up = _per_weight(d_hidden, rows, counts).to(gate_up.dtype)
+        if ctx.needs_input_grad[0]:
+            _per_expert(d_hidden, gate_up.to(dtype), counts, d_rows)
+            d_x = _combined(d_rows, np.ones_like(wide_weights), rank, x.dtype)
+        return d_x, d_gate_up, d_down, torch.from_numpy(d_weights).to(weights.dtype), None, None, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed between the matrix products: at least fp32."""
-    return dtype if dtype == torch.float64 else torch.float32
+def _sorted(expert_ids: Tensor, experts: int) -> _Order:
+    token, pair, rank, counts = _sort(expert_ids.contiguous().numpy(), experts)
+    return _Order(torch.from_numpy(token), pair, rank, counts.tolist())
 
 
 def _per_expert(rows: Tensor, weight: Tensor, counts: list[int], out: Tensor) -> None:
@@ -135,40 +163,143 @@ def _per_weight(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     return out
 
 
-def _activated(hidden: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
-    """hidden [T, 2I] -> [T, I] in hidden's dtype."""
-    gate, up = hidden.to(_wide(hidden.dtype)).chunk(2, dim=-1)
-    if activation == "silu":
-        return torch.nn.functional.silu(gate).mul_(up).to(hidden.dtype)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1)).to(hidden.dtype)
+def _combined(rows: Tensor, weights: np.ndarray, rank: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """[N, d]: each token's rows [T, d], weighted and added in the order of its choices."""
+    out = np.empty((len(weights), rows.shape[1]), weights.dtype)
+    with parallel_region(2 * rows.numel()):
+        _combine(_raw(rows), weights, rank, out)
+    return torch.from_numpy(out).to(dtype)
 
 
-def _activation_backward(
-    hidden: Tensor, d_active: Tensor, row_weight: Tensor, activation: str, alpha: float, limit: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, 2I], d_active [T, I] (without the row's weight), row_weight [T, 1] ->
-    (row_weight * a [T, I], gradient of hidden [T, 2I], gradient of row_weight [T]).
-    """
-    wide = row_weight.dtype
-    raw_gate, raw_up = hidden.to(wide).chunk(2, dim=-1)
-    d_active = d_active.to(wide)
-    if activation == "silu":
-        gate, up, alpha = raw_gate, raw_up, 1.0
-    else:
-        gate, up = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit).add_(1)
-    gate_sigmoid = torch.sigmoid(gate * alpha)
-    slope = gate * gate_sigmoid  # of the output in `up`
-    active = slope * up
-    d_row_weight = (d_active * active).sum(1)
-    d_scaled = d_active * row_weight
-    d_hidden = torch.empty_like(hidden)
-    d_gate, d_up = d_hidden.chunk(2, dim=-1)
-    # d(g * sigmoid(alpha g)) / dg = sigmoid + alpha * (g * sigmoid) * (1 - sigmoid)
-    d_gate.copy_((1 - gate_sigmoid).mul_(slope).mul_(alpha).add_(gate_sigmoid).mul_(up).mul_(d_scaled))
-    d_up.copy_(slope.mul_(d_scaled))
-    if activation != "silu":
-        # As torch's clamp: a value on the limit still passes the gradient.
-        d_gate.masked_fill_(raw_gate > limit, 0)
-        d_up.masked_fill_(raw_up.abs() > limit, 0)
-    return active.mul_(row_weight).to(hidden.dtype), d_hidden, d_row_weight
+def _wide(weights: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return (
+        weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous().numpy()
+    )
+
+
+def _raw(x: Tensor) -> np.ndarray:
+    """The same memory as an array; bf16 as its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _put(array, i, value):
+    """array[i] = value, rounded to bf16 bits where the array holds those (for compiled code)."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_put)
+def _put_of(array, i, value):
+    if array.dtype == types.uint16:
+        return _put_half
+    return _put_plain
+
+
+def _put_plain(array, i, value):
+    array[i] = value
+
+
+def _put_half(array, i, value):
+    bits = np.float32(value).view(np.uint32)
+    # To nearest, ties to even; a NaN stays one because its payload's upper bits are set.
+    array[i] = np.uint16(
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    )
+
+
+@compiled()
+def _sort(expert_ids, experts):
+    """token, pair, rank [T] and counts [E] of _Order, by counting."""
+    flat, choices = expert_ids.reshape(-1), expert_ids.shape[1]
+    counts = np.zeros(experts, np.int64)
+    for expert in flat:
+        counts[expert] += 1
+    free = np.cumsum(counts) - counts
+    token, pair, rank = np.empty_like(flat), np.empty_like(flat), np.empty_like(flat)
+    for p in range(len(flat)):
+        row = free[flat[p]]
+        free[flat[p]] += 1
+        token[row], pair[row], rank[p] = p // choices, p, row
+    return token, pair, rank, counts
+
+
+@compiled(parallel=True, error_model="numpy")
+def _activate(hidden, alpha, limit, shift, one, active):
+    """hidden [T, 2I] -> active [T, I]."""
+    inner = active.shape[1]
+    for t in prange(len(hidden)):
+        _activate_row(hidden[t, :inner], hidden[t, inner:], alpha, limit, shift, one, active[t])
+
+
+@compiled(error_model="numpy", fastmath={"contract"})
+def _activate_row(gates, ups, alpha, limit, shift, one, active):
+    for i in range(active.shape[0]):
+        gate, up = widen(gates[i]), widen(ups[i])
+        # Comparisons that let NaN through, as torch's clamp does.
+        gate = limit if gate > limit else gate
+        up = limit if up > limit else (-limit if up < -limit else up)
+        _put(active, i, gate * _sigmoid(alpha * gate, one) * (up + shift))
+
+
+@compiled(error_model="numpy", fastmath={"contract"})
+def _sigmoid(x, one):
+    e = exponential(-abs(x))
+    s = one / (one + e)
+    return e * s if x < 0 else s
+
+
+@compiled(parallel=True, error_model="numpy")
+def _activate_backward(hidden, alpha, limit, shift, one, weights, pair, active, d_hidden, d_weights):
+    """active comes as da [T, I] without the row's weight and leaves as weight * a; writes d_hidden [T, 2I]
+    and the gradients of the weights [T], which are in the order of pairs."""
+    inner = active.shape[1]
+    for t in prange(len(hidden)):
+        terms = np.empty(inner, weights.dtype)
+        _activate_backward_row(
+            hidden[t, :inner], hidden[t, inner:], alpha, limit, shift, one, weights[pair[t]], active[t],
+            d_hidden[t, :inner], d_hidden[t, inner:], terms,
+        )  # fmt: skip
+        d_weights[pair[t]] = _sum(terms)
+
+
+@compiled(error_model="numpy", fastmath={"contract"})
+def _activate_backward_row(gates, ups, alpha, limit, shift, one, weight, active, d_gates, d_ups, terms):
+    zero = one - one
+    for i in range(terms.shape[0]):
+        raw_gate, raw_up, d = widen(gates[i]), widen(ups[i]), widen(active[i])
+        gate = limit if raw_gate > limit else raw_gate
+        up = limit if raw_up > limit else (-limit if raw_up < -limit else raw_up)
+        s = _sigmoid(alpha * gate, one)
+        slope = gate * s
+        up += shift
+        terms[i] = d * slope * up
+        d *= weight
+        # d(g sigmoid(alpha g)) / dg = sigmoid + alpha g sigmoid (1 - sigmoid)
+        d_gate = (s + alpha * slope * (one - s)) * up * d
+        # A value on the limit passes the gradient, as in torch.
+        _put(d_gates, i, zero if raw_gate > limit else d_gate)
+        _put(d_ups, i, zero if abs(raw_up) > limit else slope * d)
+        _put(active, i, weight * slope * up)
+
+
+@compiled(error_model="numpy", fastmath={"nsz", "reassoc"})
+def _sum(x):
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
+
+
+@compiled(parallel=True, error_model="numpy")
+def _combine(rows, weights, rank, out):
+    """out[n] = sum over choices j of weights[n, j] * rows[rank[n * k + j]]."""
+    n, choices = weights.shape
+    for i in prange(n):
+        out[i] = 0
+        for j in range(choices):
+            _add_scaled(out[i], rows[rank[i * choices + j]], weights[i, j])
+
+
+@compiled(error_model="numpy", fastmath={"contract"})
+def _add_scaled(out, row, weight):
+    for d in range(out.shape[0]):
+        out[d] += weight * widen(row[d])

@@ -5,8 +5,8 @@ A chunk is a run of n <= C tokens of one path; with the state S before it and in
     o_i = sum over j <= i of exp(-s (i - j)) (q_i . k_j) v_j  +  exp(-s (i + 1)) q_i S
     S'  = exp(-s n) S  +  sum over j of exp(-s (n - 1 - j)) k_j v_j^T
 
-    S'  = exp(-s n) S  +  sum over j of exp(-s (n - 1 - j)) k_j v_j^T
-the longest path, all paths side by side. Exponents are never positive, so nothing overflows at any length.
+All products over all chunks are batched; only the carry of S from chunk to chunk is a loop, over the chunks
+of the longest path, all paths side by side. Exponents are never positive, so nothing overflows at any length.
 Everything is torch, so autograd differentiates it. With `states`, chunks end where pages end.
 """
 
