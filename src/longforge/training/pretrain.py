@@ -7,6 +7,7 @@ of the run mtp_weight * L_MTP (M2 report, section 2.3).
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longforge.errors import RunError
 from longforge.model.causal_lm import CausalLM
 from longforge.training.config import PretrainConfig
 from longforge.training.data import ASSISTANT, Batch, BatchStream
@@ -130,6 +132,11 @@ class Pretrainer:
         stage = stage_of(self.done / self.planned, self.config)
         factor = self._set_rates(stage)
         losses, loads = self._backward(batch, stage)
+        if not math.isfinite(losses.lm + losses.index):
+            raise RunError(
+                f"step {self.done + 1}: expected a finite loss, got {losses.lm} (index {losses.index}); "
+                f"lower optimiser.lr and go on from the last state in {self._folder}"
+            )
         norm = clip_groups(self._optimiser, self.config.optimiser.clip)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
