@@ -5,7 +5,7 @@ BIN := .venv/bin
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check format base-model bench gpu clean
+.PHONY: setup demo test test-all check format base-model gpu clean
 
 setup: .venv/.ok
 
@@ -26,17 +26,21 @@ test-all: setup
 	$(BIN)/python -m pytest -m 'not gpu'
 
 check: setup
-	$(BIN)/ruff format --check src tests scripts
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 format: setup
-	$(BIN)/ruff format src tests scripts
-	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts benchmarks
+	$(BIN)/ruff check --fix src tests scripts benchmarks
 
 base-model: setup
 	$(BIN)/python scripts/base_model.py
+
+# For a machine with a CUDA device and its own Python packages: runs the tree from src/, installs nothing.
+gpu:
+	PYTHONPATH=src $(PY) -m pytest -m gpu tests $(if $(OUT),--junitxml=$(OUT)/gpu.xml)
 
 clean:
 	rm -rf .venv .cache build dist
