@@ -1,4 +1,4 @@
-"""The house's own figures: parameters and bytes of the presets, parity with transformers, recall of the shipped model.
+"""The figures of the house: presets, and parity with transformers.
 
     .venv/bin/python benchmarks/house.py            writes benchmarks/results/house.json
 
