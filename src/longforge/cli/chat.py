@@ -50,7 +50,7 @@ def chat(
     asked["extra_body"] = {"thinking": {"type": thinking}}
     with ExitStack() as stack:
         base = url or stack.enter_context(_local_server(model, threads)).url
-        _Conversation(base, asked, system).run()
+        _Conversation(base, asked, system, local=url is None).run()
 
 
 def _local_server(model: str | None, threads: int | None) -> "BackgroundServer":
@@ -76,13 +76,15 @@ def _read_tools(path: Path) -> list[Any]:
 class _Conversation:
     """Reads what the user says, shows what the model says."""
 
-    def __init__(self, url: str, asked: dict[str, Any], system: str | None) -> None:
+    def __init__(self, url: str, asked: dict[str, Any], system: str | None, *, local: bool) -> None:
         import openai
         from rich.console import Console
 
         base = url.rstrip("/")
         base = base if base.endswith("/v1") else f"{base}/v1"
-        self._client = openai.OpenAI(base_url=base, api_key="none", max_retries=0)
+        # A proxy from the environment has no business between two ends of this process.
+        http = openai.DefaultHttpxClient(trust_env=not local)
+        self._client = openai.OpenAI(base_url=base, api_key="none", max_retries=0, http_client=http)
         self._asked = {**asked, "model": self._served_model(base)}
         self._console: Console = Console(highlight=False, markup=False, soft_wrap=True)
         self._start: list[Any] = [{"role": "system", "content": system}] if system else []

@@ -50,21 +50,22 @@ def sample(
 
 
 def _draw(logprobs: Tensor, params: list[SamplingParams], seeds: list[int], positions: list[int]) -> Tensor:
-    """Inverse transform sampling in float64 over token ids in ascending order.
+    """Inverse transform sampling over token ids in ascending order, the cumulative mass in float64.
 
     logprobs [R, V] -> int64 [R].
     """
     device = logprobs.device
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-    # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scaled = (logprobs - logprobs.amax(dim=-1, keepdim=True)).double().div_(temperature[:, None])
+    # A floor that no difference of logits can feel keeps 0 / temperature from becoming 0 / 0.
+    temperature = torch.tensor([max(p.temperature, 1e-30) for p in params], device=device)
+    # Subtracting the maximum first keeps small temperatures from overflowing.
+    scaled = (logprobs - logprobs.amax(dim=-1, keepdim=True)).div_(temperature[:, None])
     weights = scaled.exp_()
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if filtered:
         rows = torch.tensor(filtered, device=device)
         kept = _kept(weights[rows], [params[i] for i in filtered])
         weights[rows] = weights[rows] * kept
-    mass = weights.cumsum(dim=-1)
+    mass = weights.cumsum(dim=-1, dtype=torch.float64)
     low64 = np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64)
     draws = torch.from_numpy(uniforms(low64, np.array(positions, dtype=np.uint64))).to(device)
     # The first token whose cumulative mass passes the draw; a token of no mass never does.
@@ -74,16 +75,16 @@ def _draw(logprobs: Tensor, params: list[SamplingParams], seeds: list[int], posi
 
 
 def _kept(weights: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Which tokens top-k and top-p leave. weights: unnormalised float64 [R, V]. Returns bool [R, V]."""
+    """Which tokens top-k and top-p leave. weights: unnormalised [R, V]. Returns bool [R, V]."""
     vocab = weights.shape[-1]
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=weights.device)[:, None]
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=weights.device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights.device)[:, None]
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     inside = torch.arange(vocab, device=weights.device) < top_k
     ordered = ordered * inside
-    before = ordered.cumsum(dim=-1) - ordered
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
     # A token stays if those likelier than it do not yet hold top_p; so the likeliest always stays.
-    inside &= before < top_p * ordered.sum(dim=-1, keepdim=True)
+    inside &= before < top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
     return torch.zeros_like(inside).scatter_(-1, order, inside)
 
 

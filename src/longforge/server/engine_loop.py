@@ -6,6 +6,7 @@ only the whole answer is woken only at its end, so that it costs the step nothin
 """
 
 import asyncio
+import functools
 import itertools
 import threading
 from collections import deque
@@ -20,6 +21,8 @@ from longforge.errors import EngineError, LongforgeError
 from longforge.protocol import SamplingParams
 
 __all__ = ["EngineLoop", "Generation"]
+
+FAILED = "engine: it has failed, see the server's log"
 
 
 class Generation:
@@ -102,7 +105,7 @@ class EngineLoop:
             self.engine.submit(request)
             self._generations[request.id] = generation
 
-        self._command(submit)
+        self._command(submit).add_done_callback(functools.partial(self._refused, generation))
         return generation
 
     def close(self, generation: Generation) -> None:
@@ -138,7 +141,7 @@ class EngineLoop:
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        reason = "engine: it has failed, see the server's log"
+        reason = FAILED
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -163,6 +166,16 @@ class EngineLoop:
                 future.set_exception(error)
             else:
                 future.set_result(None)
+            finally:
+                if not future.done():
+                    future.set_exception(EngineError(FAILED))
+
+    def _refused(self, generation: Generation, submitted: Future[None]) -> None:
+        error = submitted.exception()
+        if error is not None:
+            assert isinstance(error, LongforgeError), "commands fail on purpose or as EngineError"
+            generation._error = error
+            self._loop.call_soon_threadsafe(_announce, [generation])
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         news: list[Generation] = []

@@ -1,0 +1,70 @@
+"""Bodies: messages survive the way out and back; odd values never reach the engine raw."""
+
+import json
+from typing import Any
+
+import httpx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longforge.protocol import Message, ToolCall, ToolSpec
+from longforge.server.replies import sse
+from longforge.server.wire import ChatMessage, Tool, message_body, to_messages, to_tools, tool_body
+
+TEXT = st.text(max_size=12)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+CALLS = st.builds(
+    ToolCall,
+    name=st.text(min_size=1, max_size=8),
+    arguments=st.dictionaries(TEXT, VALUES, max_size=3),
+    id=st.text(min_size=1, max_size=6),
+)
+
+
+@given(TEXT, st.none() | TEXT, st.lists(CALLS, max_size=3), TEXT)
+def test_messages_survive_the_way_out_and_back(
+    content: str, thinking: str | None, calls: list[ToolCall], result: str
+):
+    messages = [Message("user", content), Message("assistant", content, thinking, tuple(calls))]
+    messages += [Message("tool", result, tool_call_id=call.id) for call in calls]
+    wire = json.loads(json.dumps([message_body(message) for message in messages]))
+    assert to_messages([ChatMessage.model_validate(body) for body in wire]) == messages
+
+
+def test_a_developer_speaks_as_the_system():
+    assert to_messages([ChatMessage(role="developer", content="be brief")]) == [Message("system", "be brief")]
+
+
+def test_tools_survive_the_way_out_and_back():
+    tools = (
+        ToolSpec("grep", "Search.", {"type": "object", "properties": {"p": {"type": "string"}}}),
+        ToolSpec("x"),
+    )
+    assert to_tools([Tool.model_validate(tool_body(tool)) for tool in tools]) == tools
+
+
+def test_an_event_is_one_line_of_utf8():
+    assert sse({"text": "a\n☕"}) == 'data: {"text":"a\\n☕"}\n\n'.encode()
+
+
+def test_extreme_numbers_do_not_hurt_the_engine(served: Any):
+    extreme = {
+        "top_k": 10**30,
+        "seed": -(10**40),
+        "temperature": 1e-300,
+        "stop_token_ids": [10**30],
+        "max_tokens": 3,
+    }
+    body = {"model": "small", "prompt": [1, 2], **extreme}
+    reply = httpx.post(f"{served.url}/v1/completions", json=body)
+    assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 3
+    body["max_tokens"] = 10**30
+    body["stop"] = reply.json()["choices"][0]["text"][:1]
+    assert (
+        httpx.post(f"{served.url}/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
+    )
+    assert httpx.get(f"{served.url}/health").status_code == 200
