@@ -16,8 +16,17 @@ def plot_run(summary: dict[str, Any], steps: list[dict[str, Any]], path: Path) -
     axes = figure.subplots(2, 3)
     _success(axes[0, 0], summary)
     _curve(axes[0, 1], steps, "reward", "reward (mean of the step's episodes)", low=0.0, high=1.0)
-    _curve(axes[0, 2], steps, "staleness_mean", "staleness (weights versions)", low=0.0, second="staleness_max")
-    _curve(axes[1, 0], steps, "train_tokens_per_second", "tokens per second", low=0.0, second="rollout_tokens_per_second")
+    _curve(
+        axes[0, 2], steps, "staleness_mean", "staleness (weights versions)", low=0.0, second="staleness_max"
+    )
+    _curve(
+        axes[1, 0],
+        steps,
+        "train_tokens_per_second",
+        "tokens per second",
+        low=0.0,
+        second="rollout_tokens_per_second",
+    )
     _curve(axes[1, 1], steps, "entropy", "entropy of sampled tokens (nats)", low=0.0)
     _phases(axes[1, 2], summary)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,19 +43,42 @@ def _success(axis: Any, summary: dict[str, Any]) -> None:
         middle = result["success"]
         axis.bar(x, middle, color=colour, width=0.6)
         axis.errorbar(x, middle, [[middle - result["low"]], [result["high"] - middle]], color=LINE, capsize=6)
-        axis.text(x, 0.03, f"{middle:.0%}\nn = {result['n']}", ha="center", va="bottom", color="white", weight="bold")
-    axis.set(xticks=[0, 1], xticklabels=["before", "after"], ylim=(0, 1), title="held-out success, 95 % interval")
+        axis.text(
+            x,
+            0.03,
+            f"{middle:.0%}\nn = {result['n']}",
+            ha="center",
+            va="bottom",
+            color="white",
+            weight="bold",
+        )
+    axis.set(
+        xticks=[0, 1], xticklabels=["before", "after"], ylim=(0, 1), title="held-out success, 95 % interval"
+    )
     _tidy(axis)
 
 
 def _curve(
-    axis: Any, steps: list[dict[str, Any]], key: str, title: str, *, low: float, high: float | None = None, second: str = ""
+    axis: Any,
+    steps: list[dict[str, Any]],
+    key: str,
+    title: str,
+    *,
+    low: float,
+    high: float | None = None,
+    second: str = "",
 ) -> None:
     for name, colour in ((key, AFTER), (second, BEFORE)):
         points = [(row["step"], row[name]) for row in steps if row.get(name) is not None]
         if name and points:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=name.replace("_", " "))
-    if second:
+            axis.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=3,
+                color=colour,
+                label=name.replace("_", " "),
+            )
+    if second and axis.lines:
         axis.legend(frameon=False, fontsize=8)
     axis.set(title=title, xlabel="step")
     axis.set_ylim(bottom=low, top=high)
