@@ -51,7 +51,7 @@ class _IndexLoss(torch.autograd.Function):
     def forward(ctx, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         arrays = [wide_array(x) for x in (index_q, index_k_pages, q, k_pages, weights)]
-        loss, d_index_q, d_index_k = _divergences(*arrays, blocks, layout, scale, index_scale, wanted)
+        loss, d_index_q, d_index_k = _divergences(arrays, blocks, layout, scale, index_scale, wanted)
         if wanted:
             ctx.save_for_backward(d_index_q.to(index_q.dtype), d_index_k.to(index_k_pages.dtype))
         return loss
@@ -63,8 +63,9 @@ class _IndexLoss(torch.autograd.Function):
         return d_loss * d_index_q, d_loss * d_index_k, *[None] * 7
 
 
-def _divergences(index_q, index_k, q, k, weights, blocks, layout, scale, index_scale, wanted):
+def _divergences(arrays, blocks, layout, scale, index_scale, wanted):
     """(loss, d_index_q, d_index_k) in the dtype of the computation; gradients are empty unless wanted."""
+    index_q, index_k, q, k, weights = arrays
     positions, paths, table = layout_arrays(layout)
     kind, groups = q.dtype.type, k.shape[2]
     divisor = float(weights.sum(dtype=np.float64)) * groups

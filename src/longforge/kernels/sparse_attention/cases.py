@@ -1,0 +1,18 @@
+"""The shapes that tests and benchmarks of block-sparse attention use."""
+
+from longforge.kernels.msa_cases import Case, Inputs, make_inputs, take
+
+__all__ = ["CASES", "SPEED_CASES", "Case", "Inputs", "make_inputs", "take"]
+
+CASES = (
+    Case((1,), 1, 1, 3, 3, 1, 1),
+    Case((37, 5, 18), 6, 3, 7, 5, 4, 3),
+    Case((130, 16, 1, 33), 4, 2, 16, 8, 16, 4),
+    Case((61,), 7, 1, 33, 4, 5, 4),  # seven heads share one group; longer than the blocks read
+    Case((90, 41), 4, 2, 16, 8, 16, 3, tail=2),
+)
+SPEED_CASES = {
+    "training": Case((300, 600, 450, 380, 520, 410, 333, 577, 500, 26), 8, 4, 32, 32, 16, 8),
+    "decode 64 x 1K": Case((1021,) * 64, 8, 4, 32, 32, 16, 8, tail=1),
+    "decode 16 x 4K": Case((4093,) * 16, 8, 4, 128, 128, 128, 16, tail=1),
+}
