@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from longforge import __version__
-from longforge.cli import chat, info, serve
+from longforge.cli import chat, forge, info, serve, train
 from longforge.errors import LongforgeError
 
 __all__ = ["app", "main"]
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("info")(info.info)
+app.add_typer(train.app, name="train")
+app.add_typer(forge.app, name="forge")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ only the whole answer is woken only at its end, so that it costs the step nothin
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import threading
@@ -116,8 +117,9 @@ class EngineLoop:
             if self._generations.pop(name, None) is not None:
                 self.engine.cancel(name)
 
-        if self._closed is None and not generation._ended:
-            self._command(cancel)
+        if not generation._ended:
+            with contextlib.suppress(EngineError):  # the engine has stopped: nothing is left to cancel
+                self._command(cancel)
 
     async def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
         """`Engine.swap_weights` between two steps; returns when the new weights are active."""
@@ -175,7 +177,7 @@ class EngineLoop:
         if error is not None:
             assert isinstance(error, LongforgeError), "commands fail on purpose or as EngineError"
             generation._error = error
-            self._loop.call_soon_threadsafe(_announce, [generation])
+            self._announce([generation])
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         news: list[Generation] = []
@@ -188,7 +190,7 @@ class EngineLoop:
             if generation.eager or generation._ended:
                 news.append(generation)
         if news:
-            self._loop.call_soon_threadsafe(_announce, news)
+            self._announce(news)
 
     def _shut(self, error: EngineError) -> None:
         with self._lock:
@@ -199,9 +201,13 @@ class EngineLoop:
             future.set_exception(error)
         for generation in self._generations.values():
             generation._error = error
-        self._loop.call_soon_threadsafe(_announce, list(self._generations.values()))
+        self._announce(list(self._generations.values()))
+
+    def _announce(self, generations: list[Generation]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_wake_readers, generations)
 
 
-def _announce(generations: list[Generation]) -> None:
+def _wake_readers(generations: list[Generation]) -> None:
     for generation in generations:
         generation._news.set()
