@@ -36,8 +36,8 @@ class PackedOutput(NamedTuple):
 class CausalLM(nn.Module):
     """A decoder of the M2 or M3 family with its output head.
 
-    `version` counts published weights; whoever swaps them sets it. `backend` names the kernels' backend (None
-    = the fastest for the device).
+    `version` counts published weights; whoever swaps them sets it. `backend` names the kernels' backend; None
+    is the fastest for the device.
     """
 
     def __init__(self, config: ModelConfig) -> None:

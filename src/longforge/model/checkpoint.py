@@ -20,7 +20,7 @@ from longforge.model.checkpoint_names import Piece, parameter_pieces, style_of
 from longforge.model.config import ModelConfig
 from longforge.model.safetensors_files import INDEX, TensorFiles, read_json, write_tensors
 
-__all__ = ["config_of", "load_model", "load_state", "save_model"]
+__all__ = ["config_of", "load_model", "save_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,7 @@ _ALWAYS_WIDE = ("mlp.gate.weight", "e_score_correction_bias", "lm_head.weight")
 
 
 def config_of(folder: str | Path) -> ModelConfig:
-    """The configuration of a model folder, as declared (its MTP modules may not be held). Reads no
-    weights.
-    """
+    """The configuration a model folder declares (its MTP modules may not be held). Reads no weights."""
     path = _folder(folder)
     try:
         return read_config(read_json(path / "config.json"))
@@ -50,8 +48,9 @@ def config_of(folder: str | Path) -> ModelConfig:
 def load_model(
     folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """A model from its folder, straight into `dtype` (None: the one config.json names, else fp32) on
-    `device`.
+    """A model from its folder, straight into `dtype` on `device`.
+
+    dtype None: fp32 on a CPU, where narrower arithmetic is slower; elsewhere what config.json names.
 
     Router weights, the selection bias and the head stay fp32 in a narrower dtype. Of a multimodal checkpoint
     the text model is read, with a notice on the log. Raises CheckpointError or ConfigError with one line.
@@ -62,7 +61,9 @@ def load_model(
     files = TensorFiles(path, _quantised_block(raw))
     config = _with_held_mtp(config, files.names)
     _notice_not_text(path, files.names)
-    state = _read_state(config, files, dtype or _declared_dtype(raw), device)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else _declared_dtype(raw)
+    state = _read_state(config, files, dtype, device)
     with torch.device("meta"):
         model = CausalLM(config)
     model.load_state_dict(state, strict=True, assign=True)
@@ -72,31 +73,13 @@ def load_model(
     return model
 
 
-def load_state(folder: str | Path, model: CausalLM) -> dict[str, Tensor]:
-    """The weights of a folder as a state dict for `model`: same keys, dtypes and device, to be swapped in.
-
-    Raises CheckpointError where the folder holds another model.
-    """
-    path = _folder(folder)
-    config = config_of(path)
-    files = TensorFiles(path, _quantised_block(read_json(path / "config.json")))
-    config = _with_held_mtp(config, files.names)
-    if config != model.config:
-        different = [k for k, v in config.as_dict().items() if v != model.config.as_dict()[k]]
-        raise CheckpointError(
-            f"{path}: the running model's configuration is needed, got another {different[0]}"
-        )
-    state = _read_state(config, files, None, model.device)
-    return {key: state[key].to(held.dtype) for key, held in model.state_dict().items() if key in state}
-
-
 def save_model(
     model: CausalLM, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Writes a model folder under the released names; `dtype` narrows the weights (routers stay as they are).
 
-    The folder appears whole: it is written beside its place and then renamed. An older folder there is
-    replaced; its files that are not ours (a tokenizer, a card) stay. Raises CheckpointError where it cannot
+    The folder appears whole: it is written beside its place and then renamed. An older folder there is moved
+    away first; its files that are not ours (a tokenizer, a card) stay. Raises CheckpointError where it cannot
     be written.
     """
     target = Path(folder)
@@ -119,9 +102,9 @@ def save_model(
 
 
 def _read_state(
-    config: ModelConfig, files: TensorFiles, dtype: torch.dtype | None, device: torch.device | str
+    config: ModelConfig, files: TensorFiles, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Our parameters, filled piece by piece; `dtype` None keeps each as stored."""
+    """Our parameters in `dtype`, filled piece by piece."""
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in CausalLM(config).state_dict().items()}
     pieces = list(parameter_pieces(config, style_of(files.names)))
@@ -130,7 +113,7 @@ def _read_state(
     for piece in pieces:
         value = files.read(piece.name)
         if piece.key not in state:
-            kind = _dtype_of(piece.key, dtype or value.dtype)
+            kind = _dtype_of(piece.key, dtype)
             state[piece.key] = torch.empty(shapes[piece.key], dtype=kind, device=device)
         state[piece.key][piece.index].copy_(value)
     if config.tie_embeddings:

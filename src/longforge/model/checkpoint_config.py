@@ -149,17 +149,16 @@ def _write_m3(
     text |= write_layers(config, text)
     top = dict(kept) if "text_config" in kept else {}
     if "vision_config" not in top:
-        top |= _no_vision(config)
+        top |= _no_vision()
     top |= {"architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl"}
     top |= {"dtype": dtype, "tie_word_embeddings": config.tie_embeddings, "text_config": text}
     return top if config.has("sparse") else top | {"longforge": {"block_size": config.block_size}}
 
 
-def _no_vision(config: ModelConfig) -> dict[str, Any]:
+def _no_vision() -> dict[str, Any]:
     """The smallest tower that the released architecture can name; a text-only folder holds no tensors for it.
 
-    The released names belong to the multimodal class, and transformers has no text-only class that reads
-    them.
+    The released names belong to the multimodal class; transformers' text-only class does not read them.
     """
     vision = {"model_type": "minimax_m3_vl_vision", "hidden_size": 16, "intermediate_size": 16}
     vision |= {"num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}
@@ -243,9 +242,7 @@ def _read_m3(text: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
 
 
 def _rotary(text: Mapping[str, Any], family: str, head_dim: int) -> dict[str, Any]:
-    """As transformers 5 computes it: a partial factor wins over rotary_dim, which new-style M3 files
-    ignore.
-    """
+    """As transformers 5 has it: a partial factor wins over rotary_dim, which new-style M3 files ignore."""
     new = text.get("rope_parameters") or {}
     old = text.get("rope_scaling") or {}
     kind = new.get("rope_type", old.get("rope_type", old.get("type", "default")))

@@ -4,13 +4,14 @@ We hold some weights stacked or fused (experts; q, k and v; gate and up); the re
 
 M2 (and the layers of M3 under `language_model.`):
     model.embed_tokens, model.layers.{i}.input_layernorm, .post_attention_layernorm, model.norm, lm_head
-    .self_attn.{q,k,v,o}_proj, .{q,k}_norm, .index_{q,k}_proj, .index_{q,k}_norm .mlp.{gate,up,down}_proj
-    dense layers .block_sparse_moe.gate, .e_score_correction_bias, .experts.{e}.{w1,w2,w3},
-    .shared_experts.{gate,up,down}_proj model.mtp.layers.{i}.enorm, .hnorm, .eh_proj, .transformer_layer.*,
-    .final_layernorm
-For M3 the MTP names are those that NeMo and rtp-llm read; no public M2 checkpoint has MTP tensors, so using
-the same ones there is our choice. Lightning layers keep MiniMax-01's names (qkv_proj, output_gate, norm,
-out_proj).
+    .self_attn.{q,k,v,o}_proj, .{q,k}_norm, .index_{q,k}_proj, .index_{q,k}_norm
+    .mlp.{gate,up,down}_proj                                                   dense layers
+    .block_sparse_moe.gate, .e_score_correction_bias, .experts.{e}.{w1,w2,w3}  w1 = gate, w3 = up, w2 = down
+    .block_sparse_moe.shared_experts.{gate,up,down}_proj
+    model.mtp.layers.{i}.enorm, .hnorm, .eh_proj, .transformer_layer.*, .final_layernorm
+
+The MTP names are those that NeMo and rtp-llm read for M3; no public M2 checkpoint has MTP tensors, so using
+the same ones there is our choice. Lightning layers keep MiniMax-01's (qkv_proj, output_gate, norm, out_proj).
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
 """The safetensors files of a model folder: one, or shards with an index. Nothing else is ever opened.
 
-FP8 weights (float8_e4m3fn with `<name>_scale_inv`, one fp32 scale per block of the matrix) are read
-dequantised.
+FP8 weights (with `<name>_scale_inv`, one fp32 scale per block of the matrix) are read dequantised.
 """
 
 import json
@@ -109,10 +108,10 @@ class TensorFiles:
 
 
 def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int], where: str = "weight") -> Tensor:
-    """fp32 weight [rows, columns] = FP8 value times the scale of its block; scale is [rows / b0, columns /
-    b1], up.
+    """fp32 weight [rows, columns]: each FP8 value times the scale of its block.
 
-    Raises CheckpointError unless the scales are floating numbers, one per block.
+    scale [rows / block[0], columns / block[1]], rounded up. Raises CheckpointError unless the scales are
+    floating numbers, one per block.
     """
     wanted = [-(-size // b) for size, b in zip(weight.shape, block, strict=False)]
     if weight.dim() != 2 or list(scale.shape) != wanted or scale.dtype not in (torch.float32, torch.bfloat16):
@@ -126,9 +125,7 @@ def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int], where: str
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Writes tensors (views are fine) as one file, or as shards of at most about `max_shard_bytes` with an
-    index.
-    """
+    """Writes named tensors (views are fine) as one file, or as shards of `max_shard_bytes` with an index."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors:
