@@ -83,11 +83,11 @@ def test_a_group_beyond_the_window_waits_for_the_head():
 
 
 def test_no_more_groups_are_started_than_the_last_steps_can_use():
-    stage = Stage(steps=3)
-    stage.feed.fill(1)
+    stage = Stage(steps=2)
+    stage.feed.fill(0)
     assert len(stage.submitted) == 4
     stage.end(0, rewards=(0.0, 0.0, 0.0))
-    stage.feed.fill(1)
+    stage.feed.fill(0)
     assert len(stage.submitted) == 7, "half are filtered so far: twice as many are needed, as far as slots go"
 
 

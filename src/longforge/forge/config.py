@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from longforge.errors import ConfigError
-from longforge.forge.scheduler import window_size
+from longforge.forge.scheduler import age_bound, window_size
 
 __all__ = [
     "AgentConfig",
@@ -94,6 +94,11 @@ class RolloutConfig:
         """W, in groups."""
         return window_size(self.buffer, self.window_fraction)
 
+    @property
+    def age_bound(self) -> int:
+        """Most training steps between the submission of a group and its training."""
+        return age_bound(self.buffer, self.window, self.groups_per_step)
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -151,8 +156,8 @@ class EngineConfig:
     """Pages of the KV cache; the server's own choice if not given."""
     max_running: Count = 64
     threads: Count = 1
-    start_seconds: Seconds = 120.0
-    """How long it may take until the server answers."""
+    start_seconds: Seconds = 300.0
+    """How long it may take until the server answers; the first start on a machine compiles kernels."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ __all__ = ["TRAIN", "Feed", "FeedCounts", "group_name"]
 
 TRAIN = "train"
 
+PATIENCE_STEPS = 16
+"""Training ends when this many steps' worth of groups in a row had no signal."""
+
 
 @dataclass
 class FeedCounts:
@@ -40,8 +43,9 @@ def group_name(phase: str, sequence: int) -> str:
 class Feed:
     """Submits training groups while slots are free and pulls finished ones.
 
-    submit: called with (group, step) for a new group; resume: called with an episode that the pool knows
-    and that must run again. tasks: gives training tasks from a number on.
+    first_step: training steps done when the feed starts. submit: called with (group, step) for a new group;
+    resume: called with an episode that the pool knows and that must run again. tasks: gives training tasks
+    from a number on.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Feed:
         pool: Pool,
         *,
         steps: int,
+        first_step: int = 0,
         tasks: Callable[[int], Iterator[dict[str, Any]]],
         submit: Callable[[Group, int], None],
         resume: Callable[[Episode], None],
@@ -61,6 +66,8 @@ class Feed:
         self._fifo = WindowedFifo(config.buffer, config.window)
         self._counts = FeedCounts()
         self._kept = self._filtered = 0
+        self._next_step = first_step
+        self._dry_spell = 0
         rows = pool.groups(TRAIN)
         self._submitted_at = {row.sequence: row.step for row in rows}
         self._tasks = tasks(len(rows))
@@ -71,6 +78,15 @@ class Feed:
         for episode in pool.unfinished(TRAIN):
             resume(episode)
 
+    def step_of(self, group_id: str) -> int:
+        """Training steps that were done when the group was submitted."""
+        return self._submitted_at[_sequence(group_id)]
+
+    @property
+    def dry(self) -> bool:
+        """Whether so many groups in a row had no signal that waiting for a batch is hopeless."""
+        return self._dry_spell >= PATIENCE_STEPS * self._config.groups_per_step
+
     @property
     def ready(self) -> int:
         """Groups that could be pulled now."""
@@ -78,13 +94,13 @@ class Feed:
 
     def completed(self, group_id: str) -> None:
         """A group's last episode has ended."""
-        sequence = int(group_id.rsplit("-", 1)[1])
+        sequence = _sequence(group_id)
         self._fifo.complete(sequence)
         self._settle(sequence)
 
     def fill(self, step: int) -> None:
-        """Submits groups while slots are free and the steps that are left may need them. step: steps done."""
-        while self._fifo.free_slots and len(self._fifo.outstanding) < self._wanted(step):
+        """Submits groups while slots are free and steps are left to use them. step: training steps done."""
+        while self._fifo.free_slots and len(self._fifo.outstanding) < self._wanted():
             sequence = self._fifo.submit()
             name = group_name(TRAIN, sequence)
             task = next(self._tasks)
@@ -104,6 +120,7 @@ class Feed:
                 return []
             taken = tuple(group_name(TRAIN, sequence) for sequence in pulled)
             self._pool.consume(step, taken)
+        self._next_step = step + 1
         groups = [self._pool.group(group_id) for group_id in taken]
         for group in groups:
             self._counts.ages.append(step - self._submitted_at[group.sequence])
@@ -120,19 +137,25 @@ class Feed:
         group = self._pool.group(group_name(TRAIN, sequence))
         if has_signal(_rewards(group)):
             self._kept += 1
+            self._dry_spell = 0
             return
+        self._dry_spell += 1
         self._pool.filter_group(group.group_id)
         self._fifo.retire(sequence)
         self._filtered += 1
         self._counts.filtered += 1
         self._counts.rewards += _rewards(group)
 
-    def _wanted(self, step: int) -> int:
+    def _wanted(self) -> int:
         """Groups worth having in flight: what the steps left take, and what will be filtered on the way."""
-        needed = (self._steps - step) * self._config.groups_per_step
+        needed = (self._steps - self._next_step) * self._config.groups_per_step
         # One of each is counted in advance, so that the first groups do not decide alone.
         keep_rate = (self._kept + 1) / (self._kept + self._filtered + 1)
         return math.ceil(needed / keep_rate)
+
+
+def _sequence(group_id: str) -> int:
+    return int(group_id.rsplit("-", 1)[1])
 
 
 def _rewards(group: Group) -> list[float]:

@@ -28,12 +28,17 @@ class Publisher:
         self._tokenizer = tokenizer
         self._activate = activate
 
-    def publish(self, model: CausalLM, version: int) -> Path:
-        """Version `version` is `model` from now on. A folder of that version is replaced; older ones go."""
+    def write(self, model: CausalLM, version: int) -> Path:
+        """The folder of a version, without telling the engine. One of that version is replaced."""
         target = self._folder / f"v{version:05d}"
         self._folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(target)
         self._tokenizer.save(target)
+        return target
+
+    def publish(self, model: CausalLM, version: int) -> Path:
+        """Version `version` is `model` from now on; all but the last two folders go."""
+        target = self.write(model, version)
         self._activate(target, version)
         for found in self._folder.iterdir():
             number = _NAME.fullmatch(found.name)

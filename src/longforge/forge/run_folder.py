@@ -27,6 +27,7 @@ __all__ = ["RunFolder", "RunState"]
 LOCK = "run.lock"
 CONFIG = "config.toml"
 STATE = "state.json"
+SUMMARY = "summary.json"
 
 
 @dataclass
@@ -53,11 +54,8 @@ class RunFolder:
         self._lock = lock
 
     @staticmethod
-    def create(path: Path, config: ForgeConfig, *, replace: bool = False) -> "RunFolder":
-        """A new run in a new or empty folder; with `replace`, in place of the run that is there.
-
-        Errors: RunError where something else is there, or a process is using it. Then nothing is removed.
-        """
+    def check_place(path: Path, *, replace: bool) -> list[str]:
+        """What `create` would remove. Errors: RunError where it would refuse (but for a run in use)."""
         if path.exists() and not path.is_dir():
             raise RunError(f"run folder {path}: expected a folder or nothing, found a file")
         found = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
@@ -66,6 +64,15 @@ class RunFolder:
             raise RunError(f"run folder {path}: expected a new or empty folder, found {found[0]}; {ways}")
         if found and not (path / CONFIG).is_file():
             raise RunError(f"run folder {path}: it holds no run ({CONFIG} is missing), so it is not replaced")
+        return found
+
+    @staticmethod
+    def create(path: Path, config: ForgeConfig, *, replace: bool = False) -> "RunFolder":
+        """A new run in a new or empty folder; with `replace`, in place of the run that is there.
+
+        Errors: RunError where something else is there, or a process is using it. Then nothing is removed.
+        """
+        found = RunFolder.check_place(path, replace=replace)
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
         for name in found:
@@ -118,14 +125,25 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces summary.json."""
-        write_json_atomic(self.path / "summary.json", summary)
+        write_json_atomic(self.path / SUMMARY, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """What was written last."""
+        return json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
 
     def write_episode(self, episode_id: str, episode: dict[str, Any]) -> None:
         """One episode for people to read. Not forced to disk: the pool has it too."""
-        name = episode_id.replace("/", "-") + ".json"
-        partial = self.episodes / f".{name}.partial"
+        file = self._episode_file(episode_id)
+        partial = file.with_name(f".{file.name}.partial")
         partial.write_text(json.dumps(episode, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.episodes / name)
+        partial.replace(file)
+
+    def has_episode(self, episode_id: str) -> bool:
+        """Whether it was written."""
+        return self._episode_file(episode_id).exists()
+
+    def _episode_file(self, episode_id: str) -> Path:
+        return self.episodes / (episode_id.replace("/", "-") + ".json")
 
     def close(self) -> None:
         """Frees the lock."""
