@@ -7,8 +7,8 @@ order. The backward, grouped alike, needs nothing else: with a = act(h),
     dh_t = w_t act'(h_t) da_t  ddown_e = sum_t dout_t (w_t a_t)^T
 
 so the rows y_t = down_e a_t, d wide for each pair, are never kept. torch does the matrix products, in bf16
-where the weights or autocast are; between them numbers are fp32 (fp64 for fp64), one compiled pass over the rows
-each. Every sum has one order: results are deterministic.
+where the weights or autocast are; between them numbers are fp32 (fp64 for fp64), one compiled pass over the
+rows each. Every sum has one order: results are deterministic.
 """
 
 from typing import Any, NamedTuple

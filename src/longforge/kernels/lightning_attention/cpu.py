@@ -45,7 +45,7 @@ def lightning_attention(
 ) -> Tensor:
     """q, k, v [N, H, D], slopes [H], states [S, H, D, D] or None -> out [N, H, D]. See api.py."""
     if not len(q):
-        return q * 0
+        return torch.zeros_like(q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     first = torch.diff(layout.paths, prepend=layout.paths.new_tensor([-1])) != 0
     runs = torch.nonzero(first).flatten()
