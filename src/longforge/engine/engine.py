@@ -10,7 +10,6 @@ Not thread-safe: one thread owns an engine (in the server, `server.engine_loop`)
 import secrets
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from longforge.engine.pages import PageAllocator
@@ -165,10 +164,8 @@ class Engine:
         assert not self.has_work, "warm-up needs an idle engine"
         prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 2))
         self.submit(GenerationRequest("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0)))
-        threads = torch.get_num_threads()
         while self.has_work:
             self.step()
-        torch.set_num_threads(threads)  # starting numba's OpenMP pool sets torch's threads to its own number
         self._steps = self._prompt_tokens = self._generated_tokens = self._finished = 0
 
     def _count(self, work: list[Work]) -> list[Sequence]:
