@@ -159,11 +159,12 @@ def test_nothing_overflows_over_a_long_path_with_fast_decay(backend: str):
     assert_close([out], [wanted], 1e-5)
 
 
-def test_autocast_does_not_lower_the_precision():
+@each_backend
+def test_autocast_does_not_lower_the_precision(backend: str):
     inputs = make_inputs(CASES[1])
-    plain = attend(inputs)
+    plain = attend(inputs, backend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attend(inputs), plain)
+        assert torch.equal(attend(inputs, backend), plain)
 
 
 @pytest.mark.parametrize("heads, layers", [(1, 1), (4, 3), (6, 80)])

@@ -1,5 +1,6 @@
 """The public door of dense attention."""
 
+import torch
 from torch import Tensor
 
 from longforge.errors import InputError
@@ -30,9 +31,13 @@ def dense_attention(
     scale    default D ** -0.5
     Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
+    Under torch.autocast inputs of several dtypes are taken in autocast's, as torch's own attention does.
     Raises InputError for shapes that do not fit together and for a window below 1.
     """
     name = "dense_attention"
+    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k_pages.dtype == v_pages.dtype:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k_pages, v_pages = q.to(dtype), k_pages.to(dtype), v_pages.to(dtype)
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
     check_layout(name, layout, q.shape[0])
@@ -46,4 +51,6 @@ def dense_attention(
     if window is not None and window < 1:
         raise InputError(f"{name}: window of at least 1 position expected (the query's own), got {window}")
     compute = choose_backend(name, BACKENDS, backend, q.device)
-    return compute(q, k_pages, v_pages, layout, window, q.shape[2] ** -0.5 if scale is None else scale)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        return compute(q, k_pages, v_pages, layout, window, scale)

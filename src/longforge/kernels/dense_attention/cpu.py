@@ -22,8 +22,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.numba_host import compiled, parallel_region, path_starts, raw_array, wide_array
-from longforge.kernels.vector_code import LANES, exponential, product, round_up, widen
+from longforge.kernels.numba_host import compiled, parallel_region, path_starts, raw_array
+from longforge.kernels.vector_code import (
+    LANES,
+    exponential,
+    exponentials,
+    largest,
+    product,
+    round_up,
+    softmax,
+    transpose,
+)
 
 __all__ = ["dense_attention"]
 
@@ -133,20 +142,22 @@ def _attend_tiled(q, k_pages, v_pages, layout, span, scale, runs, out, lse) -> N
 
 
 def _attend_directly(q, k_pages, v_pages, layout, span, scale, runs, out, lse) -> None:
+    positions, block = layout.positions.numpy(), layout.block_size
     tokens = np.concatenate([np.arange(begin, end) for begin, end in runs])
-    positions = layout.positions.numpy()[tokens]
-    lowest = np.maximum(0, positions - (span - 1))
-    parts = (positions - lowest) // SPAN + 1
+    first = np.maximum(0, positions[tokens] - (span - 1)) // block
+    last = positions[tokens] // block
+    size = max(1, SPAN // block)
+    parts = (last - first) // size + 1
     first_part = np.cumsum(parts) - parts
-    units = np.empty((int(parts.sum()), 3), dtype=np.int64)  # token, first key, end key
+    units = np.empty((int(parts.sum()), 3), dtype=np.int64)  # token, first block, end block
     units[:, 0] = np.repeat(tokens, parts)
-    units[:, 1] = np.repeat(lowest, parts) + SPAN * (np.arange(len(units)) - np.repeat(first_part, parts))
-    units[:, 2] = np.minimum(units[:, 1] + SPAN, np.repeat(positions, parts) + 1)
+    units[:, 1] = np.repeat(first, parts) + size * (np.arange(len(units)) - np.repeat(first_part, parts))
+    units[:, 2] = np.minimum(units[:, 1] + size, np.repeat(last, parts) + 1)
     part_out = np.empty((len(units), *q.shape[1:]), out.numpy().dtype)
     part_lse = np.empty((len(units), q.shape[1]), out.numpy().dtype)
     _forward_direct(
-        wide_array(q), raw_array(k_pages), raw_array(v_pages), units, layout.paths.numpy(),
-        layout.page_table.contiguous().numpy(), part_out.dtype.type(scale), part_out, part_lse,
+        (q * scale).contiguous().numpy(), raw_array(k_pages), raw_array(v_pages), units, positions,
+        layout.paths.numpy(), layout.page_table.contiguous().numpy(), span, part_out, part_lse,
     )  # fmt: skip
     _merge(part_out, part_lse, tokens, first_part, parts, out.numpy(), lse.numpy())
 
@@ -231,72 +242,96 @@ def _seen(position, span, first, width):
 @compiled(parallel=True, error_model="numpy")
 def _forward(q, kt, v, positions, tiles, runs, span, out, lse):
     """q [Hkv, N, G, D] scaled, kt [Hkv, D, stride], v [Hkv, columns, D] -> out [N, Hq, D], lse [N, Hq]."""
-    groups, n, per_group, dim = q.shape
-    stride = kt.shape[2]
-    flat_q, flat_k, flat_v = q.reshape(-1), kt.reshape(-1), v.reshape(-1)
-    for unit in prange(len(tiles) * groups):
+    for unit in prange(len(tiles) * q.shape[0]):
         # A thread gets a range of units; tiles are taken from both ends in turn, since later ones are longer.
         g, at = unit // len(tiles), unit % len(tiles)
-        begin, end, run = tiles[at // 2 if at % 2 == 0 else len(tiles) - 1 - at // 2]
-        rows = (end - begin) * per_group
-        first_row = (g * n + begin) * per_group * dim
-        scores = np.empty(rows * KEYS, q.dtype)
-        acc = np.zeros(rows * dim, q.dtype)
-        top = np.full(rows, -np.inf, q.dtype)
-        total = np.zeros(rows, q.dtype)
-        base = runs[run, 2] - runs[run, 3]
-        last = positions[end - 1]
-        for first in range(max(runs[run, 3], positions[begin] - span + 1), last + 1, KEYS):
-            width = min(KEYS, last + 1 - first)
-            product(
-                scores, 0, KEYS, flat_q, first_row, dim, 1, flat_k, g * dim * stride + base + first, stride,
-                rows, dim, round_up(width), False,
-            )  # fmt: skip
-            for r in range(rows):
-                lo, hi = _seen(positions[begin + r // per_group], span, first, width)
-                if hi <= lo:
-                    scores[r * KEYS : r * KEYS + width] = 0
-                    continue
-                part = scores[r * KEYS : (r + 1) * KEYS]
-                part[:lo] = 0
-                part[hi:width] = 0
-                best = max(top[r], _largest(part[lo:hi]))
-                if best > top[r]:
-                    shrink = exponential(top[r] - best)
-                    top[r] = best
-                    total[r] *= shrink
-                    for d in range(r * dim, (r + 1) * dim):
-                        acc[d] *= shrink
-                total[r] += _exponentials_and_sum(part[lo:hi], best)
-            product(
-                acc, 0, dim, scores, 0, KEYS, 1, flat_v, (g * v.shape[1] + base + first) * dim, dim,
-                rows, width, dim, True,
-            )  # fmt: skip
-        for r in range(rows):
-            token, head = begin + r // per_group, g * per_group + r % per_group
-            lse[token, head] = top[r] + np.log(total[r])
-            for d in range(dim):
-                out[token, head, d] = acc[r * dim + d] / total[r]
+        tile = at // 2 if at % 2 == 0 else len(tiles) - 1 - at // 2
+        _forward_tile(np.int64(g), tiles[tile], q, kt, v, positions, runs, span, out, lse)
+
+
+@compiled(error_model="numpy")
+def _forward_tile(g, tile, q, kt, v, positions, runs, span, out, lse):
+    _, n, per_group, dim = q.shape
+    stride = kt.shape[2]
+    flat_q, flat_k, flat_v = q.reshape(-1), kt.reshape(-1), v.reshape(-1)
+    begin, end, run = tile
+    rows = (end - begin) * per_group
+    first_row = (g * n + begin) * per_group * dim
+    scores = np.empty(rows * KEYS, q.dtype)
+    acc = np.zeros(rows * dim, q.dtype)
+    top = np.full(rows, -np.inf, q.dtype)
+    total = np.zeros(rows, q.dtype)
+    base = runs[run, 2] - runs[run, 3]
+    last = positions[end - 1]
+    for first in range(max(runs[run, 3], positions[begin] - span + 1), last + 1, KEYS):
+        width = min(KEYS, last + 1 - first)
+        product(
+            scores, 0, KEYS, flat_q, first_row, dim, 1, flat_k, g * dim * stride + base + first, stride,
+            rows, dim, round_up(width), False,
+        )  # fmt: skip
+        for row in range(rows):
+            lo, hi = _seen(positions[begin + row // per_group], span, first, width)
+            _online(scores[row * KEYS : row * KEYS + width], lo, hi, row, top, total, acc, dim)
+        product(
+            acc, 0, dim, scores, 0, KEYS, 1, flat_v, (g * v.shape[1] + base + first) * dim, dim,
+            rows, width, dim, True,
+        )  # fmt: skip
+    for row in range(rows):
+        token, head = begin + row // per_group, g * per_group + row % per_group
+        lse[token, head] = top[row] + np.log(total[row])
+        for d in range(dim):
+            out[token, head, d] = acc[row * dim + d] / total[row]
+
+
+@compiled(error_model="numpy")
+def _online(part, lo, hi, row, top, total, acc, dim):
+    """One row's step of the online softmax: part becomes exp(scores - top), 0 where nothing is seen."""
+    if hi <= lo:
+        part[:] = 0
+        return
+    part[:lo] = 0
+    part[hi:] = 0
+    best = max(top[row], largest(part[lo:hi]))
+    if best > top[row]:
+        shrink = exponential(top[row] - best)
+        top[row] = best
+        total[row] *= shrink
+        for d in range(row * dim, (row + 1) * dim):
+            acc[d] *= shrink
+    exponentials(part, lo, hi - lo, best)
+    total[row] += _sum(part[lo:hi])
+
+
+@compiled(error_model="numpy", fastmath={"nsz", "reassoc"})
+def _sum(x):
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
 
 
 @compiled(parallel=True, error_model="numpy")
 def _backward(q, d_out, k, kt, vt, lse, delta, positions, tiles, runs, span, d_q, d_k, d_v):
     """q (scaled), d_out, d_q [Hkv, N, G, D]; k, d_k, d_v [Hkv, columns, D]; kt, vt [Hkv, D, stride]."""
     for unit in prange(len(runs) * q.shape[0]):
-        g, run = unit // len(runs), unit % len(runs)
-        first_tile, end_tile, column, lowest = runs[run]
-        highest = positions[tiles[end_tile - 1, 1] - 1]
-        room = 0
+        _backward_run(
+            np.int64(unit // len(runs)), runs[unit % len(runs)], q, d_out, k, kt, vt, lse, delta, positions,
+            tiles, span, d_q, d_k, d_v,
+        )  # fmt: skip
+
+
+@compiled(error_model="numpy")
+def _backward_run(g, run, q, d_out, k, kt, vt, lse, delta, positions, tiles, span, d_q, d_k, d_v):
+    """One path and group: the unit that owns what it adds to."""
+    first_tile, end_tile, column, lowest = run
+    highest = positions[tiles[end_tile - 1, 1] - 1]
+    room = (tiles[first_tile, 1] - tiles[first_tile, 0]) * q.shape[2] * KEYS  # the first tile is a largest
+    p, d_p = np.empty(room, q.dtype), np.empty(room, q.dtype)
+    for first in range(lowest, highest + 1, KEYS):
+        width = min(KEYS, highest + 1 - first)
         for c in range(first_tile, end_tile):
-            room = max(room, tiles[c, 1] - tiles[c, 0])
-        p = np.empty(room * q.shape[2] * KEYS, q.dtype)
-        d_p = np.empty(room * q.shape[2] * KEYS, q.dtype)
-        for first in range(lowest, highest + 1, KEYS):
-            width = min(KEYS, highest + 1 - first)
-            for c in range(first_tile, end_tile):
-                begin, end = tiles[c, 0], tiles[c, 1]
-                if positions[end - 1] < first or positions[begin] - span + 1 >= first + width:
-                    continue
+            begin, end = tiles[c, 0], tiles[c, 1]
+            if first <= positions[end - 1] and positions[begin] - span + 1 < first + width:
                 _backward_tile(
                     q, d_out, k, kt, vt, lse, delta, positions, g, begin, end, first, width,
                     column - lowest + first, span, p, d_p, d_q, d_k, d_v,
@@ -335,39 +370,45 @@ def _backward_tile(
 
 
 @compiled(parallel=True, error_model="numpy")
-def _forward_direct(q, k, v, units, paths, table, scale, out, lse):
-    """For each unit (token, first key, end key): out [units, Hq, D] and lse [units, Hq] over these keys."""
+def _forward_direct(q, k, v, units, positions, paths, table, span, out, lse):
+    """For each unit (token, first block, end block): out [units, Hq, D], lse [units, Hq] over these keys."""
+    for unit in prange(len(units) * k.shape[2]):
+        _direct_unit(np.int64(unit), q, k, v, units, positions, paths, table, span, out, lse)
+
+
+@compiled(error_model="numpy")
+def _direct_unit(unit, q, k, v, units, positions, paths, table, span, out, lse):
     _, heads, dim = q.shape
     _, block_size, groups, _ = k.shape
     per_group = heads // groups
-    for u in prange(len(units)):
-        token, first, end = units[u]
-        row = table[paths[token]]
-        scores = np.empty(per_group * SPAN, q.dtype)
-        for g in range(groups):
-            own = g * per_group
-            for t in range(first, end):
-                key = k[row[t // block_size], t % block_size, g]
-                for h in range(per_group):
-                    scores[h * SPAN + t - first] = _dot(q[token, own + h], key) * scale
-            for h in range(per_group):
-                part = scores[h * SPAN : h * SPAN + end - first]
-                top = _largest(part)
-                total = _exponentials_and_sum(part, top)
-                lse[u, own + h] = top + np.log(total)
-                for t in range(end - first):
-                    part[t] /= total
-            # Values page by page: within a page their rows have one distance.
-            at = first
-            while at < end:
-                page = np.int64(row[at // block_size])
-                upto = min(end, (at // block_size + 1) * block_size)
-                product(
-                    out.reshape(-1), (u * heads + own) * dim, dim, scores, at - first, SPAN, 1, v.reshape(-1),
-                    ((page * block_size + at % block_size) * groups + g) * dim, groups * dim,
-                    per_group, upto - at, dim, at > first,
-                )  # fmt: skip
-                at = upto
+    u, g = unit // groups, unit % groups
+    token, first_block, end_block = units[u]
+    pages = table[paths[token]]
+    low, high = max(first_block * block_size, positions[token] - span + 1), positions[token] + 1
+    # Whole pages are scored, also past the query: what stands there reaches only scores nobody looks at.
+    width = round_up(block_size)
+    room = (end_block - first_block) * block_size + width
+    scores, tile = np.empty(per_group * room, q.dtype), np.empty(dim * width, q.dtype)
+    flat_q, flat_k, flat_v, flat_out = q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1)
+    own = g * per_group
+    for b in range(first_block, end_block):
+        key = (np.int64(pages[b]) * block_size * groups + g) * dim
+        transpose(tile, 0, width, flat_k, key, groups * dim, block_size, dim)
+        product(
+            scores, (b - first_block) * block_size, room, flat_q, (token * heads + own) * dim, dim, 1,
+            tile, 0, width, per_group, dim, width, False,
+        )  # fmt: skip
+    start = first_block * block_size
+    count = min(high, end_block * block_size) - low
+    for h in range(per_group):
+        lse[u, own + h] = softmax(scores, h * room + low - start, count, q.dtype.type(1))
+    for b in range(first_block, end_block):
+        at, upto = max(low, b * block_size), min(high, (b + 1) * block_size)
+        value = ((np.int64(pages[b]) * block_size + at - b * block_size) * groups + g) * dim
+        product(
+            flat_out, (u * heads + own) * dim, dim, scores, at - start, room, 1,
+            flat_v, value, groups * dim, per_group, upto - at, dim, b > first_block,
+        )  # fmt: skip
 
 
 @compiled(error_model="numpy")
@@ -390,42 +431,9 @@ def _merge(part_out, part_lse, tokens, first_part, parts, out, lse):
                     out[token, h, d] += weight * part_out[u, h, d]
 
 
-@compiled(error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
-def _largest(x):
-    best = x[0]
-    for i in range(x.shape[0]):
-        best = max(best, x[i])
-    return best
-
-
-@compiled(error_model="numpy")
-def _exponentials_and_sum(x, top):
-    """x = exp(x - top), in place; returns their sum."""
-    # Two loops: with permission to reorder sums, the exponential's own rounding would be simplified away.
-    for i in range(x.shape[0]):
-        x[i] = exponential(x[i] - top)
-    return _sum(x)
-
-
-@compiled(error_model="numpy", fastmath={"nsz", "reassoc"})
-def _sum(x):
-    total = x.dtype.type(0)
-    for i in range(x.shape[0]):
-        total += x[i]
-    return total
-
-
-@compiled(error_model="numpy")
+@compiled(error_model="numpy", fastmath={"contract"})
 def _probabilities_and_gradients(p, d_p, lse, delta):
     """p: scores become probabilities; d_p: their gradients become those of the scores."""
     for i in range(p.shape[0]):
         p[i] = exponential(p[i] - lse)
         d_p[i] = p[i] * (d_p[i] - delta)
-
-
-@compiled(error_model="numpy", fastmath={"nsz", "reassoc", "contract"})
-def _dot(x, y):
-    total = x.dtype.type(0)
-    for i in range(x.shape[0]):
-        total += x[i] * widen(y[i])
-    return total

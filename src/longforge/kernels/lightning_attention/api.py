@@ -52,7 +52,9 @@ def lightning_attention(
                 f"{name}: states in fp32 expected (they are summed over a path), got {states.dtype}"
             )
     compute = choose_backend(name, BACKENDS, backend, q.device)
-    return compute(q, k, v, decay_slopes, layout, states)
+    # A state is summed over a whole path: autocast may not lower its precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return compute(q, k, v, decay_slopes, layout, states)
 
 
 def _check_runs(layout: PackedLayout, has_states: bool) -> None:

@@ -49,16 +49,15 @@ def lightning_attention(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     first = torch.diff(layout.paths, prepend=layout.paths.new_tensor([-1])) != 0
     runs = torch.nonzero(first).flatten()
-    with torch.autocast("cpu", enabled=False):
-        inputs = q.to(wide), k.to(wide), v.to(wide), slopes.to(wide)
-        if len(runs) == len(q):
-            out = _one_token_each(*inputs, layout, states)
-        else:
-            size = CHUNK if states is None else _part_of_page(layout.block_size)
-            chunks = _cut(layout, first, runs, size)
-            out, ends = _chunked(*inputs, chunks, _starts(layout, chunks.runs, states, inputs[0]))
-            if states is not None:
-                _store(states, ends.detach(), layout, chunks)
+    inputs = q.to(wide), k.to(wide), v.to(wide), slopes.to(wide)
+    if len(runs) == len(q):
+        out = _one_token_each(*inputs, layout, states)
+    else:
+        size = CHUNK if states is None else _part_of_page(layout.block_size)
+        chunks = _cut(layout, first, runs, size)
+        out, ends = _chunked(*inputs, chunks, _starts(layout, chunks.runs, states, inputs[0]))
+        if states is not None:
+            _store(states, ends.detach(), layout, chunks)
     return out.to(q.dtype)
 
 
