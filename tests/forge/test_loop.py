@@ -110,7 +110,7 @@ class Child:
 
     def wait_for_step(self, out: Path, step: int) -> None:
         """Until a training step is in the metrics (or the process ends)."""
-        for _ in range(2400):
+        for _ in range(12_000):
             if self.process.poll() is not None or any(r["step"] >= step for r in read_metrics(out)):
                 return
             time.sleep(0.05)

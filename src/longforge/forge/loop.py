@@ -110,7 +110,7 @@ class _Conductor:
 
     def _work(self) -> None:
         if "before" not in self._state.evaluations:
-            self._evaluate("before", warm_up=True)
+            self._evaluate("before")
         if not self._state.training_done:
             self._train()
         if "after" not in self._state.evaluations:
@@ -120,7 +120,7 @@ class _Conductor:
         self._summarise(finished=True)
         self._state.finished = True
 
-    def _evaluate(self, name: str, *, warm_up: bool = False) -> None:
+    def _evaluate(self, name: str) -> None:
         """Every held-out task once, with the weights of now."""
         config, parts = self._config, self._parts
         tasks = parts.environment.held_out_tasks(config.seed, config.evaluation.questions)
@@ -137,8 +137,6 @@ class _Conductor:
             done = len(known) - len(unfinished)
             bar = self._progress.task(f"evaluate {name}", total=len(tasks))
             bar.advance(done)
-            if warm_up:
-                parts.trainer.warm_up()
             right = 0
             while done < len(tasks):
                 for end in self._ends(WAIT_SECONDS):

@@ -95,6 +95,7 @@ def build_parts(folder: RunFolder, source: Source, stack: ExitStack, stop: StopF
     loop.run(agents.start())
     stack.callback(lambda: loop.run(agents.close(), seconds=10))
 
+    trainer.warm_up()  # while the engine does the same
     url.append(engine.wait_ready(stop.check))
     if trainer.step:
         load_weights(url[0], weights, trainer.step)
