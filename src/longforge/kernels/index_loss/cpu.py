@@ -118,6 +118,8 @@ def _unit(
     g = unit % groups
     room = most * block_size + round_up(block_size)
     flat_index_q, flat_q = index_q.reshape(-1), q.reshape(-1)
+    wanted = len(d_index_k) > 0
+    flat_d_index_q, flat_d_index_k = d_index_q.reshape(-1), d_index_k[g if wanted else 0 : g + 1].reshape(-1)
     teachers, student = np.empty(per_group * room, q.dtype), np.empty(room, q.dtype)
     every = np.arange(most).astype(np.int32)
     for i in range(starts[unit // groups], starts[unit // groups + 1]):
@@ -126,26 +128,25 @@ def _unit(
         position, pages = positions[i], table[paths[i]]
         ids = blocks[i, g] if len(blocks) else every[: position // block_size + 1]
         count = score_blocks(
-            flat_q, (i * heads + g * per_group) * dim, per_group, k, g, tiles, tile_of, tiles[0, 0], ids,
+            flat_q, (i * heads + g * per_group) * dim, per_group, k, g, tiles, tile_of, ids,
             position, pages, teachers, room,
         )  # fmt: skip
         for h in range(per_group):
             softmax(teachers, h * room, count, scale)
         first = (i * groups + g) * index_dim
         score_blocks(
-            flat_index_q, first, 1, index_k, 0, index_tiles, tile_of, index_tiles[0, 0], ids, position,
+            flat_index_q, first, 1, index_k, 0, index_tiles, tile_of, ids, position,
             pages, student, room,
         )  # fmt: skip
         teacher = _mean_of_heads(teachers, per_group, room, count)
         values[i, g] = _divergence(teacher, student, count, index_scale)
-        if len(d_index_k):
+        if wanted:
             factor = weights[i] * index_scale
             for t in range(count):
                 student[t] = (student[t] - teacher[t]) * factor
             _add_gradients(
-                student, ids, position, pages, index_k, flat_index_q, first, d_index_q.reshape(-1),
-                d_index_k[g].reshape(-1),
-            )  # fmt: skip
+                student, ids, position, pages, index_k, flat_index_q, first, flat_d_index_q, flat_d_index_k
+            )
 
 
 @compiled(error_model="numpy", fastmath={"contract"})

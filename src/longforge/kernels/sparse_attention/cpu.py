@@ -111,12 +111,13 @@ def _forward_unit(unit, q, k, v, tiles, tile_of, blocks, positions, paths, table
     flat_q, flat_v, flat_out = q.reshape(-1), v.reshape(-1), out.reshape(-1)
     g, begin = unit % groups, unit // groups * QUERIES
     scores = np.empty(per_group * room, q.dtype)
-    scratch = np.zeros((dim, round_up(block_size)), q.dtype)
+    if len(tile_of) == 0:
+        tiles = np.zeros(dim * round_up(block_size), q.dtype)
     for i in range(begin, min(n, begin + QUERIES)):
         pages, ids, position = table[paths[i]], blocks[i, g], positions[i]
         first = (i * heads + g * per_group) * dim
         count = score_blocks(
-            flat_q, first, per_group, k, g, tiles, tile_of, scratch, ids, position, pages, scores, room
+            flat_q, first, per_group, k, g, tiles, tile_of, ids, position, pages, scores, room
         )
         for h in range(per_group):
             lse[i, g * per_group + h] = softmax(scores, h * room, count, scale)
@@ -172,16 +173,11 @@ def _backward_unit(
     flat_d_q, flat_d_k, flat_d_v = d_q.reshape(-1), d_k.reshape(-1), d_v.reshape(-1)
     g, step = unit % groups, groups * dim
     p, d_s = np.empty(per_group * room, q.dtype), np.empty(per_group * room, q.dtype)
-    scratch = k_tiles[0, 0]
     for i in range(starts[unit // groups], starts[unit // groups + 1]):
         pages, ids, position = table[paths[i]], blocks[i, g], positions[i]
         first = (i * heads + g * per_group) * dim
-        count = score_blocks(
-            flat_q, first, per_group, k, g, k_tiles, tile_of, scratch, ids, position, pages, p, room
-        )
-        score_blocks(
-            flat_d_out, first, per_group, k, g, v_tiles, tile_of, scratch, ids, position, pages, d_s, room
-        )
+        count = score_blocks(flat_q, first, per_group, k, g, k_tiles, tile_of, ids, position, pages, p, room)
+        score_blocks(flat_d_out, first, per_group, k, g, v_tiles, tile_of, ids, position, pages, d_s, room)
         for h in range(per_group):
             _score_gradients(p, d_s, h * room, count, scale, lse[i, g * per_group + h])
         at = 0
