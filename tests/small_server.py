@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import httpx
 import openai
 
 from longforge.chat import Tokenizer, encode_prompt, render
@@ -18,6 +19,9 @@ GREP = ToolSpec("grep", "", {"type": "object", "properties": {"limit": {"type": 
 QUESTION = Message("user", "Where?")
 CALL = ToolCall("grep", {"limit": 3})
 FOUND = "café ☕"
+
+HTTP = httpx.Client(timeout=120, trust_env=False)
+"""Patient: on a busy machine an answer may take a while, and that is no failure."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from small_server import HTTP
+
 
 @contextmanager
 def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
@@ -43,18 +45,16 @@ def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Pope
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, ending: signal.Signals):
     with serve_process(folder, "--name", "mine") as (process, url):
-        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "mine"
+        assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == "mine"
         # An answer that would take long is under way when the signal comes.
         body = {"model": "mine", "prompt": [1], "max_tokens": 1000, "temperature": 0}
         replies: list[httpx.Response] = []
-        client = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{url}/completions", json=body, timeout=60))
-        )
+        client = threading.Thread(target=lambda: replies.append(HTTP.post(f"{url}/completions", json=body)))
         client.start()
-        while httpx.get(url.replace("/v1", "/health")).json()["running"] == 0:
+        while HTTP.get(url.replace("/v1", "/health")).json()["running"] == 0:
             assert client.is_alive()
         process.send_signal(ending)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
         client.join()
     assert (process.returncode, output, errors) == (0, "", "")
     assert replies[0].status_code == 503 and "shutting down" in replies[0].text
@@ -64,6 +64,6 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "longforge.cli", "serve", str(folder), "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"longforge: port {port}: it is in use on 127.0.0.1; name another one with --port\n"

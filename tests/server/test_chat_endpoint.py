@@ -4,9 +4,10 @@ import json
 import re
 from typing import Any
 
-import httpx
 import openai
 import pytest
+
+from small_server import HTTP
 
 USER = {"role": "user", "content": "Where?"}
 TOOLS: list[Any] = [
@@ -164,7 +165,7 @@ def test_thinking_modes_reach_the_template(taught: Any):
 )
 def test_what_is_not_served_is_refused_in_one_line(taught: Any, fields: dict[str, Any], message: str):
     body = {"model": "small", "messages": [USER], **fields}
-    reply = httpx.post(f"{taught.url}/v1/chat/completions", content=json.dumps(body), headers=JSON)
+    reply = HTTP.post(f"{taught.url}/v1/chat/completions", content=json.dumps(body), headers=JSON)
     error = reply.json()["error"]
     assert reply.status_code == 400 and error["type"] == "invalid_request_error"
     assert "\n" not in error["message"]
@@ -184,5 +185,5 @@ def test_a_wrong_model_name_is_a_404_naming_both(taught: Any):
 
 @pytest.mark.parametrize("content", [b"{nope", b"[" * 100_000, b"", b'"text"'])
 def test_a_body_that_is_no_json_object_is_refused(taught: Any, content: bytes):
-    reply = httpx.post(f"{taught.url}/v1/chat/completions", content=content, headers=JSON)
+    reply = HTTP.post(f"{taught.url}/v1/chat/completions", content=content, headers=JSON)
     assert reply.status_code == 400 and reply.json()["error"]["message"].count("\n") == 0

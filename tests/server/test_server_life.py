@@ -20,11 +20,12 @@ from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.running import BackgroundServer, bind
 from small_model import small_model, small_tokenizer, write_small_checkpoint
+from small_server import HTTP
 
 LONG = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 900, "temperature": 0}
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -44,18 +45,18 @@ def small_server() -> tuple[EngineLoop, BackgroundServer]:
 
 
 def test_health_and_models_tell_what_is_served(served: Any):
-    health = httpx.get(f"{served.url}/health").json()
+    health = HTTP.get(f"{served.url}/health").json()
     assert health["status"] == "ok" and health["context"] == 1024
     assert [model.id for model in served.client.models.list()] == ["small"]
     assert served.client.models.retrieve("small").id == "small"
     with pytest.raises(openai.NotFoundError, match="'small', got 'other'"):
         served.client.models.retrieve("other")
-    assert httpx.get(f"{served.url}/nowhere").json()["error"]["type"] == "not_found_error"
+    assert HTTP.get(f"{served.url}/nowhere").json()["error"]["type"] == "not_found_error"
 
 
 def test_a_client_that_drops_its_stream_gives_the_pages_back(served: Any):
     before = served.loop.stats().cancelled
-    with httpx.stream("POST", f"{served.url}/v1/completions", json={**LONG, "stream": True}) as reply:
+    with HTTP.stream("POST", f"{served.url}/v1/completions", json={**LONG, "stream": True}) as reply:
         next(reply.iter_lines())
         assert not idle(served.loop)
     assert eventually(lambda: idle(served.loop))
@@ -65,9 +66,9 @@ def test_a_client_that_drops_its_stream_gives_the_pages_back(served: Any):
 def test_a_client_that_hangs_up_while_waiting_gives_the_pages_back(served: Any):
     before = served.loop.stats().cancelled
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", json=LONG, timeout=0.05)
+        HTTP.post(f"{served.url}/v1/completions", json=LONG, timeout=httpx.Timeout(60, read=0.05))
+    assert eventually(lambda: served.loop.stats().cancelled == before + 1)
     assert eventually(lambda: idle(served.loop))
-    assert served.loop.stats().cancelled == before + 1
 
 
 def test_new_weights_are_active_when_the_answer_comes(tmp_path: Path):
@@ -79,18 +80,18 @@ def test_new_weights_are_active_when_the_answer_comes(tmp_path: Path):
 
         def generate() -> None:
             while 5 not in versions:
-                reply = httpx.post(url, json={**LONG, "max_tokens": 200}, timeout=60).json()
+                reply = HTTP.post(url, json={**LONG, "max_tokens": 200}).json()
                 versions.extend(reply["choices"][0]["weight_versions"])
 
         running = threading.Thread(target=generate)
         running.start()
         assert eventually(lambda: loop.stats().generated_tokens > 3)
-        reply = httpx.post(f"{server.url}/admin/weights", json={"path": str(folder), "version": 5})
+        reply = HTTP.post(f"{server.url}/admin/weights", json={"path": str(folder), "version": 5})
         assert (reply.status_code, reply.json()) == (200, {"version": 5})
-        assert httpx.get(f"{server.url}/health").json()["version"] == 5
+        assert HTTP.get(f"{server.url}/health").json()["version"] == 5
         running.join()
         assert set(versions) == {0, 5} and versions == sorted(versions)
-        answer = httpx.post(
+        answer = HTTP.post(
             url, json={**LONG, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
         ).json()
     ids = answer["choices"][0]["token_ids"]
@@ -108,7 +109,7 @@ def test_weights_that_do_not_fit_change_nothing(served: Any, tmp_path: Path):
         (other, version + 1, 400),
         (other, -1, 400),
     ]:
-        reply = httpx.post(f"{served.url}/admin/weights", json={"path": str(path), "version": number})
+        reply = HTTP.post(f"{served.url}/admin/weights", json={"path": str(path), "version": number})
         assert reply.status_code == status and "\n" not in reply.json()["error"]["message"]
     assert served.loop.engine.version == version and torch.equal(served.model.lm_head.weight, head)
 
@@ -117,7 +118,7 @@ def test_an_old_version_is_a_conflict(tmp_path: Path):
     folder = write_small_checkpoint(tmp_path / "same", max_positions=1024)
     _, server = small_server()
     with server:
-        reply = httpx.post(f"{server.url}/admin/weights", json={"path": str(folder), "version": 0})
+        reply = HTTP.post(f"{server.url}/admin/weights", json={"path": str(folder), "version": 0})
     assert reply.status_code == 409
     assert reply.json()["error"]["message"] == "weights version: expected more than the active 0, got 0"
 
@@ -136,15 +137,15 @@ def test_weights_are_for_this_machine_only():
 def test_stopping_ends_open_answers_with_an_error_and_no_hang():
     loop, server = small_server()
     with server:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as reply:
+        with HTTP.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as reply:
             lines = reply.iter_lines()
             next(lines)
             loop.stop()
             rest = [line for line in lines if line]
         assert "shutting down" in rest[-1] and "[DONE]" not in rest[-1]
-        refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
+        refused = HTTP.post(f"{server.url}/v1/completions", json=LONG)
         assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
-        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert HTTP.get(f"{server.url}/health").status_code == 503
 
 
 def test_a_port_in_use_is_named_in_one_line():

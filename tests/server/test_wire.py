@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-import httpx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longforge.protocol import Message, ToolCall, ToolSpec
 from longforge.server.replies import sse
 from longforge.server.wire import ChatMessage, Tool, message_body, to_messages, to_tools, tool_body
+from small_server import HTTP
 
 TEXT = st.text(max_size=12)
 VALUES = st.recursive(
@@ -60,11 +60,11 @@ def test_extreme_numbers_do_not_hurt_the_engine(served: Any):
         "max_tokens": 3,
     }
     body = {"model": "small", "prompt": [1, 2], **extreme}
-    reply = httpx.post(f"{served.url}/v1/completions", json=body)
+    reply = HTTP.post(f"{served.url}/v1/completions", json=body)
     assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 3
     body["max_tokens"] = 10**30
     body["stop"] = reply.json()["choices"][0]["text"][:1]
     assert (
-        httpx.post(f"{served.url}/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
+        HTTP.post(f"{served.url}/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
     )
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert HTTP.get(f"{served.url}/health").status_code == 200

@@ -15,7 +15,7 @@ from longforge.errors import InputError
 
 __all__ = ["BackgroundServer", "bind", "run_server"]
 
-GRACE_SECONDS = 3
+GRACE_SECONDS = 5
 """Time that open connections get to end after the answers they carry were ended."""
 
 SWITCH_SECONDS = 0.0005
