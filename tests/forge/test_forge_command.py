@@ -8,7 +8,7 @@ import pytest
 from longforge.cli import main
 from longforge.forge.config import ForgeConfig
 from longforge.forge.run_folder import RunFolder
-from longforge.forge.summary import summary_table
+from longforge.forge.summary import summary_table, text_plot
 from small_model import write_small_checkpoint
 
 
@@ -85,7 +85,7 @@ def finished_run(path):
         **folder.state.evaluations,
         "seconds": 12.0,
         "steps": 0,
-        "reward": {"first": None, "last": None},
+        "reward": {"first": 0.2, "last": 0.9, "by_step": [0.0, 0.25, 1.0]},
         "staleness": {"mean": None, "max": None, "age_max": None, "age_bound": 2},
         "tokens_per_second": {"rollout": None, "train": None},
         "phase_seconds": {"train": 3.0},
@@ -110,3 +110,10 @@ def test_resuming_a_finished_run_shows_it_again(forge, tmp_path):
 def test_the_table_tells_what_was_not_measured(tmp_path):
     summary = finished_run(tmp_path / "run") | {"after": None}
     assert dict(summary_table(summary))["held-out success after"] == "not measured"
+
+
+def test_the_plot_in_characters_shows_intervals_and_every_step(tmp_path):
+    before, after, rewards = text_plot(finished_run(tmp_path / "run")).splitlines()
+    assert before == f"        before {'█' * 15}{'▒' * 20}{'·' * 15}  50.0 %"
+    assert after.count("█") == 35 and after.endswith(" 90.0 %")
+    assert rewards == "reward by step ▁▃█ 0.00 → 1.00"

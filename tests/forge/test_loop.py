@@ -104,7 +104,8 @@ class Child:
 
     def __init__(self, *arguments: str | Path) -> None:
         here = Path(__file__).resolve().parents[1]
-        environment = os.environ | {"PYTHONPATH": str(here)}
+        paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "small_environment", *map(str, arguments)]
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
 

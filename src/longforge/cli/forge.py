@@ -65,11 +65,12 @@ def _show(summary: dict[str, Any], path: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from longforge.forge.summary import summary_table
+    from longforge.forge.summary import summary_table, text_plot
 
     table = Table(title=f"run {summary['name']}", title_justify="left", show_header=False)
     for row in summary_table(summary):
         table.add_row(*row)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"report: {path / 'report.html'}", markup=False, soft_wrap=True)
+    console.print(text_plot(summary), markup=False, soft_wrap=True)
+    console.print(f"report: {path / 'report.html'}  plot: {path / 'plot.png'}", markup=False, soft_wrap=True)

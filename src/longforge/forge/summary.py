@@ -6,8 +6,10 @@ from typing import Any
 from longforge.forge.run_folder import RunFolder
 from longforge.observe import passport, read_metrics
 
-__all__ = ["build_summary", "summary_table"]
+__all__ = ["build_summary", "summary_table", "text_plot"]
 
+BAR_WIDTH = 50
+LEVELS = "▁▂▃▄▅▆▇█"
 EDGE_STEPS = 3
 """Steps at each end of training whose mean reward is told."""
 
@@ -31,6 +33,7 @@ def build_summary(
         "reward": {
             "first": _mean([row["reward"] for row in rows[:EDGE_STEPS]]),
             "last": _mean([row["reward"] for row in rows[-EDGE_STEPS:]]),
+            "by_step": [round(row["reward"], 4) for row in rows],
         },
         "staleness": {
             "mean": _mean([row["staleness_mean"] for row in rows]),
@@ -73,6 +76,29 @@ def summary_table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seconds, whole run", f"{summary['seconds']:.1f}"),
     ]
     return rows
+
+
+def text_plot(summary: Mapping[str, Any]) -> str:
+    """Success before and after as bars with their intervals, and the reward of every step, in characters."""
+    lines = []
+    for name in ("before", "after"):
+        result = summary[name]
+        if result is not None:
+            bar = "".join(_cell(place / BAR_WIDTH, result) for place in range(BAR_WIDTH))
+            lines.append(f"{name:>14} {bar} {100 * result['success']:5.1f} %")
+    rewards = summary["reward"]["by_step"]
+    if rewards:
+        top = len(LEVELS) - 1
+        curve = "".join(LEVELS[round(top * min(max(reward, 0.0), 1.0))] for reward in rewards)
+        lines.append(f"{'reward by step':>14} {curve} {rewards[0]:.2f} → {rewards[-1]:.2f}")
+    return "\n".join(lines)
+
+
+def _cell(at: float, result: Mapping[str, Any]) -> str:
+    """One character of a bar: full below the interval, half inside it, light above."""
+    if at < result["low"]:
+        return "█"
+    return "▒" if at < result["high"] else "·"
 
 
 def _success(result: Mapping[str, Any] | None) -> str:
