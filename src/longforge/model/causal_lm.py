@@ -49,10 +49,10 @@ class CausalLM(nn.Module):
         """The config.json that the weights came with: what else it says is kept on saving."""
         self.model = Decoder(config)
         self.mtp = nn.ModuleList(MTPModule(config, i) for i in range(config.mtp_modules))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        if not self.lm_head.weight.is_meta:
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        if not self.model.embed_tokens.weight.is_meta:
             self.initialise()
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class CausalLM(nn.Module):
         """Logits fp32 [..., V] of hidden [..., d]. The head runs in fp32 (MiniMax-M1, arXiv 2506.13585:
         otherwise sampling and training disagree about probabilities); fp64 for an fp64 model.
         """
-        weight = self.lm_head.weight
+        weight = self.head_weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), weight.to(wide))
@@ -184,9 +184,14 @@ class CausalLM(nn.Module):
             router.update_bias(load, rate)
 
     @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, d]: its own, or the embedding table where the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.lm_head.weight.device
+        return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:

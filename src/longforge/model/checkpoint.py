@@ -67,8 +67,6 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     model.load_state_dict(state, strict=True, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
     model.source_config = raw
     return model
 
@@ -116,8 +114,6 @@ def _read_state(
             kind = _dtype_of(piece.key, dtype)
             state[piece.key] = torch.empty(shapes[piece.key], dtype=kind, device=device)
         state[piece.key][piece.index].copy_(value)
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
 
 
