@@ -27,6 +27,7 @@ from longforge.forge.rollout import EpisodeEnd, Rollouts
 from longforge.forge.run_folder import RunFolder
 from longforge.forge.sqlite_pool import SqlitePool
 from longforge.forge.trainer import Trainer
+from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, shipped
 
 __all__ = ["Parts", "Source", "build_parts", "load_source"]
@@ -76,6 +77,7 @@ def load_source(config: ForgeConfig, stack: ExitStack) -> Source:
 def build_parts(folder: RunFolder, source: Source, stack: ExitStack, stop: StopFlag) -> Parts:
     """Starts everything; `stack` takes it down, last started first."""
     config, environment, tokenizer = folder.config, source.environment, source.tokenizer
+    keep_freed_memory()
     torch.set_num_threads(config.trainer.threads)
     trainer = Trainer(source.model, config.trainer)
     trainer.load(folder.checkpoint)

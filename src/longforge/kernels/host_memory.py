@@ -16,7 +16,7 @@ _MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> bool:
-    """Raises glibc's thresholds for this process. False where the C library is another one; then nothing changes."""
+    """Raises glibc's thresholds for this process. False where the C library is another: nothing changes."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -7,6 +7,7 @@ import torch
 from longforge.chat import Tokenizer
 from longforge.engine import Engine
 from longforge.errors import CheckpointError, InputError
+from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
 from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
@@ -67,6 +68,7 @@ def load(
     max_running: int = 64,
 ) -> tuple[EngineLoop, Tokenizer, str]:
     """A warm engine in its loop (not started), the tokenizer and the model's name; arguments of `serve`."""
+    keep_freed_memory()
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads: expected at least 1, got {threads}")
