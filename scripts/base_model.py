@@ -7,7 +7,6 @@ Run it again after Ctrl-C and it goes on where it stopped. Everything but the cl
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import random
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,9 +30,11 @@ from longforge.forge.code_search.tools import CodeTools
 from longforge.forge.code_search.traces import TraceMaker, corpus
 from longforge.model import PRESETS, CausalLM
 from longforge.training.config import PretrainConfig, load_config
-from longforge.training.data import Batch, Conversation, ConversationSource
+from longforge.training.data import Batch
+from longforge.training.launch import finished_model, new_model
 from longforge.training.pretrain import METRICS, Pretrainer
 from longforge.training.progress import TrainingBar
+from longforge.training.samples import Conversation, ConversationSource
 from longforge.training.scores import held_out_batches, teacher_forced_scores
 from longforge.training.sources import build_stream
 
@@ -68,8 +68,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     _say("reading the standard library")
     material = prepare(config, options.work)
-    torch.manual_seed(config.seed)
-    model = CausalLM(_shape(config, material.tokenizer))
+    model = new_model(config, material.tokenizer)
     stream = build_stream(
         config,
         material.tokenizer,
@@ -130,15 +129,6 @@ def _make_tokenizer(maker: TraceMaker, texts: list[str], vocab_size: int) -> Tok
     return train_tokenizer([*rendered, *texts[::8]], vocab_size)
 
 
-def _shape(config: PretrainConfig, tokenizer: Tokenizer) -> Any:
-    return dataclasses.replace(
-        PRESETS[config.model],
-        vocab_size=config.vocab_size or PRESETS[config.model].vocab_size,
-        bos_id=tokenizer.token_id("]~!b["),
-        eos_id=tokenizer.eos_id,
-    )
-
-
 def _held_out_hook(
     material: Material, config: PretrainConfig, habits_every: int
 ) -> Callable[[CausalLM, int], Mapping[str, float]]:
@@ -165,7 +155,7 @@ def ship(
 ) -> None:
     """Writes weights in bf16, tokenizer, card and curve; every number is measured on the written weights."""
     out.mkdir(parents=True, exist_ok=True)
-    copy.deepcopy(trainer.model).to(torch.bfloat16).save_pretrained(out)
+    finished_model(trainer.model, torch.bfloat16).save_pretrained(out)
     material.tokenizer.save(out)
     model = CausalLM.from_pretrained(out, dtype=torch.float32).eval()
     recalls = [model.selection_recall(batch.ids, batch.layout) for batch in material.held_out_batches]

@@ -6,9 +6,13 @@ import torch
 
 from longforge.chat.tokenizer import train_tokenizer
 from longforge.errors import ConfigError
+from longforge.model import CausalLM
 from longforge.protocol import Message, ToolCall, ToolSpec
 from longforge.training.config import load_config
-from longforge.training.data import BatchStream, Conversation, ConversationSource, Sample, TextSource, pack
+from longforge.training.data import BatchStream, Sample, pack
+from longforge.training.losses import cross_entropy, mtp_loss, next_token_edges
+from longforge.training.samples import Conversation, ConversationSource, TextSource
+from small_training import TINY
 
 MESSAGES = (
     Message("user", "Where is class Foo? ]~b]ai [e~["),
@@ -66,6 +70,17 @@ def test_text_chunks_are_seeded_and_start_at_a_line(tokenizer):
         assert np.array_equal(sample.ids, source.sample(number).ids) and np.allclose(sample.weights, 0.2)
 
 
+def test_openings_end_after_the_first_turn_and_are_the_same_every_time(tokenizer):
+    def lengths():
+        source = ConversationSource(lambda _: Conversation(MESSAGES, TOOLS), tokenizer, openings=0.5, seed=4)
+        return [len(source.sample(i)) for i in range(60)]
+
+    whole = len(ConversationSource(lambda _: Conversation(MESSAGES, TOOLS), tokenizer).sample(0))
+    opening = ConversationSource(lambda _: Conversation(MESSAGES, TOOLS), tokenizer, openings=1.0).sample(0)
+    assert opening.answer[1] == len(opening) < whole and opening.weights[-1] == 1.0
+    assert set(lengths()) == {whole, len(opening)} and lengths() == lengths()
+
+
 def test_packing_adds_no_token_and_keeps_paths_apart():
     samples = [Numbers().sample(i) for i in (1, 2, 3)]
     batch = pack(samples, 4)
@@ -75,6 +90,52 @@ def test_packing_adds_no_token_and_keeps_paths_apart():
     assert [stop - start for start, stop in batch.answers] == lengths
     for path, (start, stop) in enumerate(batch.answers):
         assert batch.layout.paths[start:stop].unique().tolist() == [path]
+
+
+def forked(seed=0, opening=13):
+    """Samples that begin alike, and one that does not."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(0, 40, opening)
+    tails = [rng.integers(0, 40, n) for n in (6, 9, 3, 11)]
+    samples = [
+        Sample(
+            np.concatenate([head, tail]),
+            np.repeat([0.0, 1.0], [opening, len(tail)]).astype(np.float32),
+            (opening, opening + len(tail)),
+        )
+        for tail in tails
+    ]
+    return [*samples, Sample(rng.integers(0, 40, 10), np.ones(10, dtype=np.float32))]
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_a_common_beginning_is_computed_once_and_changes_no_loss_and_no_gradient(phase):
+    torch.manual_seed(0)
+    model = CausalLM(TINY).double()
+    results = []
+    for share in (False, True):
+        batch = pack(forked(), 4, share=share)
+        model.zero_grad()
+        hidden = model.forward_packed(batch.ids, batch.layout, phase=phase).hidden
+        edges = next_token_edges(batch.ids, batch.layout, batch.weights)
+        main = cross_entropy(hidden, edges, model.logits)
+        ahead = mtp_loss(model, hidden, batch.ids, batch.layout, batch.weights).loss
+        (main + ahead).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((batch.ids.numel(), main, ahead, gradients))
+    (apart, *plain, gradients), (shared, *merged, merged_gradients) = results
+    assert shared == apart - 3 * 8
+    torch.testing.assert_close(merged, plain, rtol=1e-12, atol=0)
+    for name in gradients:
+        torch.testing.assert_close(merged_gradients[name], gradients[name], rtol=1e-10, atol=1e-14)
+
+
+def test_what_an_assistant_wrote_is_never_shared():
+    one, other = forked(3)[0], forked(3)[0]
+    batch = pack([one, other], 4)
+    assert int((batch.weights == 1.0).sum()) == 2 * 6
+    first, second = batch.answers
+    assert torch.equal(batch.ids[slice(*first)], batch.ids[slice(*second)])
 
 
 def test_every_sample_of_a_source_comes_once_and_batches_stay_within_their_tokens():

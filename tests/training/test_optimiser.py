@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from longforge.training.config import PretrainConfig
+from longforge.training.muon import MuonAdamW, orthogonalised
 from longforge.training.optimiser import (
     build_adamw,
     clip_groups,
@@ -67,11 +68,12 @@ def test_the_index_branch_is_clipped_apart():
     assert float(model.q_proj.weight.grad[0, 0]) == pytest.approx(0.01)
 
 
-def test_state_taken_out_and_put_back_goes_on_bit_for_bit():
+@pytest.mark.parametrize("build", [build_adamw, MuonAdamW])
+def test_state_taken_out_and_put_back_goes_on_bit_for_bit(build):
     torch.manual_seed(0)
     models = [Tiny(), Tiny()]
     models[1].load_state_dict(models[0].state_dict())
-    optimisers = [build_adamw(parameter_groups(model, lr=1e-2)) for model in models]
+    optimisers = [build(parameter_groups(model, lr=1e-2)) for model in models]
 
     def train(which, seeds):
         for seed in seeds:
@@ -86,3 +88,26 @@ def test_state_taken_out_and_put_back_goes_on_bit_for_bit():
     train(1, range(4, 8))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 12, 20)])
+def test_orthogonalised_matrices_keep_their_directions_at_even_strength(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    result = orthogonalised(matrices)
+    strengths = torch.linalg.svdvals(result)
+    assert result.shape == matrices.shape and float(strengths.min()) > 0.5 and float(strengths.max()) < 1.4
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ result @ v.mT
+    off_diagonal = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
+    assert float(off_diagonal.abs().max()) < 0.05
+
+
+def test_muon_moves_matrices_only_and_adamw_the_rest_as_it_always_does():
+    torch.manual_seed(0)
+    models = [Tiny(), Tiny()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, build in zip(models, (build_adamw, MuonAdamW), strict=True):
+        model.loss(1).backward()
+        build(parameter_groups(model, lr=1e-2)).step()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b) != (name == "q_proj.weight"), name

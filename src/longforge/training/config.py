@@ -4,7 +4,7 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -33,6 +33,8 @@ class DataConfig:
     """Share of samples drawn from `texts`."""
     text_tokens: int = 256
     text_weight: float = 0.1
+    openings: float = 0.0
+    """Share of the conversations that end after the assistant's first turn."""
     background_weight: float = 0.1
     """Loss weight of tokens in a conversation that the assistant did not write."""
     background_rows: float = 0.3
@@ -47,6 +49,8 @@ class OptimiserConfig:
 
     __pydantic_config__ = _STRICT
 
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What updates the layers' matrices; everything else goes by AdamW."""
     lr: float = 2e-3
     index_lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.98)
@@ -91,6 +95,8 @@ class PretrainConfig:
     """Name of a preset."""
     vocab_size: int | None = None
     """Overrides the preset's vocabulary."""
+    tie_while_training: bool = False
+    """Output head and embedding table are one while training; the checkpoint holds each."""
     seed: int = 20
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)

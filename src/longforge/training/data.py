@@ -1,10 +1,10 @@
-"""Samples, where they come from, and how they are packed into steps: real tokens only, no padding.
+"""Samples and how they are packed into steps: real tokens only, no padding, common beginnings once.
 
 A source gives sample number i for any i and always the same one, so the whole stream is a function of the
 seed and a few counters, and a resumed run sees exactly the batches that an uninterrupted one would have seen.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,35 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longforge.chat.template import encode_prompt
-from longforge.chat.tokenizer import Tokenizer
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
-from longforge.protocol import Message, ToolSpec
 
 __all__ = [
     "ASSISTANT",
     "Batch",
     "BatchStream",
-    "Conversation",
-    "ConversationSource",
+    "Packer",
     "Sample",
     "Source",
-    "TextSource",
     "pack",
 ]
 
 
 ASSISTANT = 0.5
 """Tokens of at least this weight were written by the assistant."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages that end with the assistant's last turn, and the tools it was offered."""
-
-    messages: Sequence[Message]
-    tools: Sequence[ToolSpec] = ()
 
 
 @dataclass(frozen=True)
@@ -62,86 +49,6 @@ class Source(Protocol):
     """Numbered samples without end."""
 
     def sample(self, number: int) -> Sample: ...
-
-
-class ConversationSource:
-    """Conversations as samples: weight 1 on what the assistant generated, `background` on the rest."""
-
-    def __init__(
-        self,
-        conversation: Callable[[int], Conversation],
-        tokenizer: Tokenizer,
-        *,
-        background: float = 0.1,
-        max_tokens: int | None = None,
-    ) -> None:
-        self._conversation = conversation
-        self._tokenizer = tokenizer
-        self._background = background
-        self._max_tokens = max_tokens
-        self._role = tokenizer.token_id("]~b]")
-        self._end = tokenizer.token_id("[e~[")
-        self._assistant = tokenizer.encode("ai\n", special=False)
-
-    def sample(self, number: int) -> Sample:
-        conversation = self._conversation(number)
-        ids = np.asarray(
-            encode_prompt(
-                self._tokenizer, conversation.messages, conversation.tools, add_generation_prompt=False
-            ),
-            dtype=np.int64,
-        )
-        if self._max_tokens is not None:
-            ids = ids[: self._max_tokens]
-        weights = np.full(len(ids), self._background, dtype=np.float32)
-        answer = (0, 0)
-        for start, stop in self._turns(ids):
-            weights[start:stop] = 1.0
-            answer = (start, stop)
-        return Sample(ids, weights, answer)
-
-    def _turns(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Token ranges of the assistant's turns, end-of-turn token included.
-
-        Only templates write special tokens (user text is encoded without them), so scanning for them is safe.
-        """
-        opening = [self._role, *self._assistant]
-        ends = np.flatnonzero(ids == self._end)
-        for place in np.flatnonzero(ids == self._role):
-            start = int(place) + len(opening)
-            if ids[place:start].tolist() != opening:
-                continue
-            later = ends[ends >= start]
-            yield start, int(later[0]) + 1 if len(later) else len(ids)
-
-
-class TextSource:
-    """Chunks of plain text, each cut at a seeded place, all tokens with the same small weight."""
-
-    def __init__(
-        self, texts: Sequence[str], tokenizer: Tokenizer, *, tokens: int, weight: float, seed: int
-    ) -> None:
-        if not texts:
-            raise InputError(
-                "texts: expected at least one non-empty text, got none; name a folder with sources"
-            )
-        self._texts = texts
-        self._ends = np.cumsum([len(text) for text in texts])
-        self._tokenizer = tokenizer
-        self._tokens = tokens
-        self._weight = weight
-        self._seed = seed
-
-    def sample(self, number: int) -> Sample:
-        rng = np.random.default_rng((self._seed, number))
-        place = int(rng.integers(self._ends[-1]))
-        which = int(np.searchsorted(self._ends, place, side="right"))
-        text = self._texts[which]
-        begin = place - (int(self._ends[which]) - len(text))
-        begin = text.rfind("\n", 0, begin) + 1
-        ids = self._tokenizer.encode(text[begin : begin + 6 * self._tokens], special=False)[: self._tokens]
-        array = np.asarray(ids or [self._tokenizer.eos_id], dtype=np.int64)
-        return Sample(array, np.full(len(array), self._weight, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -167,30 +74,110 @@ class Batch:
         return Batch(self.ids.to(device), self.weights.to(device), moved, self.answers)
 
 
-def pack(samples: Sequence[Sample], block_size: int) -> Batch:
-    """Samples side by side, each a path of its own."""
-    assert samples, "a batch has at least one sample"
-    starts = np.cumsum([0, *(len(sample) for sample in samples)])
-    return Batch(
-        ids=torch.from_numpy(np.concatenate([sample.ids for sample in samples])),
-        weights=torch.from_numpy(np.concatenate([sample.weights for sample in samples])),
-        layout=PackedLayout.from_lengths([len(sample) for sample in samples], block_size),
-        answers=tuple(
-            (int(at) + sample.answer[0], int(at) + sample.answer[1])
-            for at, sample in zip(starts, samples, strict=False)
-        ),
-    )
+LOOKAHEAD = 4
+"""Tokens behind a shared page that must be common too: MTP modules read ahead."""
+
+
+class Packer:
+    """Lays samples side by side, each a path of its own.
+
+    Samples that begin alike share the whole pages of their common beginning with the first of them (only what
+    no assistant wrote): a prompt that all conversations open with is computed once.
+    """
+
+    def __init__(self, block_size: int, *, share: bool = True) -> None:
+        self._block_size = block_size
+        self._share = share
+        self._samples: list[Sample] = []
+        self._heads: list[tuple[int, int]] = []
+        """For each sample: which sample's first pages it uses, and how many tokens of them."""
+        self._first_with: dict[bytes, int] = {}
+        self.tokens = 0
+        """Packed tokens so far."""
+
+    def cost(self, sample: Sample) -> int:
+        """Tokens that this sample would add."""
+        return len(sample) - self._head(sample)[1]
+
+    def add(self, sample: Sample) -> None:
+        self._heads.append(self._head(sample))
+        self._first_with.setdefault(self._opening(sample), len(self._samples))
+        self._samples.append(sample)
+        self.tokens += len(sample) - self._heads[-1][1]
+
+    def batch(self) -> Batch:
+        assert self._samples, "a batch has at least one sample"
+        starts = np.array([shared for _, shared in self._heads])
+        lengths = np.array([len(sample) for sample in self._samples])
+        ends = np.cumsum(lengths - starts)
+        rows = ends - lengths  # row of a sample's token 0, were it there
+        return Batch(
+            ids=torch.from_numpy(self._joined("ids")),
+            weights=torch.from_numpy(self._joined("weights")),
+            layout=self._layout(starts, lengths),
+            answers=tuple(
+                (int(row) + sample.answer[0], int(row) + sample.answer[1])
+                for row, sample in zip(rows, self._samples, strict=True)
+            ),
+        )
+
+    def _joined(self, field: str) -> np.ndarray:
+        parts = zip(self._samples, self._heads, strict=True)
+        return np.concatenate([getattr(sample, field)[shared:] for sample, (_, shared) in parts])
+
+    def _layout(self, starts: np.ndarray, lengths: np.ndarray) -> PackedLayout:
+        size = self._block_size
+        pages = -(-lengths // size)
+        own = pages - starts // size
+        first_page = np.cumsum(own) - own
+        table = np.full((len(lengths), pages.max()), -1, dtype=np.int32)
+        for path, (head, shared) in enumerate(self._heads):
+            table[path, : shared // size] = table[head, : shared // size]
+            table[path, shared // size : pages[path]] = first_page[path] + np.arange(own[path])
+        counts = lengths - starts
+        paths = np.repeat(np.arange(len(lengths)), counts)
+        positions = np.arange(counts.sum()) - (np.cumsum(counts) - lengths)[paths]
+        slots = table[paths, positions // size].astype(np.int64) * size + positions % size
+        tensors = (torch.from_numpy(array) for array in (positions, paths, slots, table))
+        return PackedLayout(*tensors, size)
+
+    def _head(self, sample: Sample) -> tuple[int, int]:
+        first = self._first_with.get(self._opening(sample)) if self._share else None
+        if first is None:
+            return len(self._samples), 0
+        other = self._samples[first]
+        spoken = np.flatnonzero(sample.weights >= ASSISTANT)
+        most = min(len(sample), len(other), int(spoken[0]) if len(spoken) else len(sample))
+        differing = np.flatnonzero(sample.ids[:most] != other.ids[:most])
+        common = int(differing[0]) if len(differing) else most
+        return first, max(common - LOOKAHEAD, 0) // self._block_size * self._block_size
+
+    def _opening(self, sample: Sample) -> bytes:
+        return sample.ids[: self._block_size].tobytes()
+
+
+def pack(samples: Sequence[Sample], block_size: int, *, share: bool = True) -> Batch:
+    """All samples in one batch."""
+    packer = Packer(block_size, share=share)
+    for sample in samples:
+        packer.add(sample)
+    return packer.batch()
 
 
 class BatchStream:
-    """Draws samples from weighted sources and fills each batch with at most `tokens` real tokens.
+    """Draws samples from weighted sources and fills each batch with at most `tokens` packed tokens.
 
     A sample longer than `tokens` gets a batch of its own. `state()` and `load()` carry the counters over a
     restart.
     """
 
     def __init__(
-        self, sources: Mapping[str, tuple[Source, float]], *, tokens: int, block_size: int, seed: int
+        self,
+        sources: Mapping[str, tuple[Source, float]],
+        *,
+        tokens: int,
+        block_size: int,
+        seed: int,
     ) -> None:
         if not sources or any(share < 0 for _, share in sources.values()):
             raise InputError("sources: expected at least one, each with a share of 0 or more")
@@ -204,14 +191,13 @@ class BatchStream:
         self._taken = dict.fromkeys(self._sources, 0)
 
     def next(self) -> Batch:
-        samples: list[Sample] = []
-        room = self._tokens
+        """The next batch."""
+        packer = Packer(self._block_size)
         while True:
             name, sample = self._peek()
-            if samples and len(sample) > room:
-                return pack(samples, self._block_size)
-            samples.append(sample)
-            room -= len(sample)
+            if packer.tokens and packer.tokens + packer.cost(sample) > self._tokens:
+                return packer.batch()
+            packer.add(sample)
             self._draws += 1
             self._taken[name] += 1
 
@@ -220,7 +206,7 @@ class BatchStream:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._draws = int(state["draws"])
-        self._taken = {name: int(state["taken"].get(name, 0)) for name in self._sources}
+        self._taken = {name: int(state["taken"].get(name, 0)) for name in self._taken}
 
     def _peek(self) -> tuple[str, Sample]:
         """The sample that comes next, without taking it."""

@@ -15,7 +15,16 @@ from torch import Tensor
 from longforge.kernels.layout import PackedLayout
 from longforge.model.causal_lm import PackedOutput
 
-__all__ = ["Edges", "MtpLoss", "MtpModel", "cross_entropy", "mtp_loss", "next_token_edges", "thin_edges"]
+__all__ = [
+    "Edges",
+    "MtpLoss",
+    "MtpModel",
+    "cross_entropy",
+    "mtp_loss",
+    "next_token_edges",
+    "predecessors",
+    "thin_edges",
+]
 
 
 @dataclass(frozen=True)
@@ -59,22 +68,37 @@ class MtpLoss(NamedTuple):
     expert_loads: list[Tensor]
 
 
+def predecessors(layout: PackedLayout) -> Tensor:
+    """int64 [N]: the row of the token before each token in its path, -1 where there is none.
+
+    That row may belong to another path, where paths share their first pages.
+    """
+    rows = torch.arange(layout.positions.numel(), device=layout.positions.device)
+    row_of_slot = rows.new_full((layout.pages * layout.block_size,), -1)
+    row_of_slot[layout.slots] = rows
+    before = (layout.positions - 1).clamp(min=0)
+    page = layout.page_table[layout.paths, before // layout.block_size].to(torch.int64)
+    found = row_of_slot[page * layout.block_size + before % layout.block_size]
+    return torch.where(layout.positions > 0, found, -1)
+
+
 def next_token_edges(ids: Tensor, layout: PackedLayout, token_weights: Tensor, *, ahead: int = 1) -> Edges:
     """Edges from each token to the one `ahead` places later in the same path.
 
     ids int64 [N], token_weights float [N]: how much it counts that this token is predicted. Edges of weight 0
-    are left out, and so are tokens with no successor that far.
+    are left out, and so are tokens with no predecessor that far. All tokens stand in this layout: a token
+    that several paths share has one row, and an edge to each of its successors.
     """
     assert ids.shape == token_weights.shape and ids.dim() == 1 and ahead >= 1, (
         ids.shape,
         token_weights.shape,
     )
-    n = ids.numel()
-    rows = torch.arange(max(n - ahead, 0), device=ids.device)
-    same_path = layout.paths[: rows.numel()] == layout.paths[ahead:]
-    weights = token_weights[ahead:].to(torch.float32)
-    kept = same_path & (weights > 0)
-    return Edges(rows[kept], ids[ahead:][kept], weights[kept])
+    previous = predecessors(layout)
+    targets = torch.where((token_weights > 0) & (previous >= 0))[0]
+    rows = previous[targets]
+    for _ in range(ahead - 1):
+        targets, rows = targets[previous[rows] >= 0], previous[rows][previous[rows] >= 0]
+    return Edges(rows, ids[targets], token_weights[targets].to(torch.float32))
 
 
 def thin_edges(
@@ -123,7 +147,8 @@ def mtp_loss(
 
     Module m sees the hidden state of token t and the true token t+m+1, and predicts token t+m+2. Detach
     `hidden` to keep the gradient out of the main model's layers; the shared embedding and head need
-    `backward(inputs=...)`.
+    `backward(inputs=...)`. Where paths share pages, the `modules` tokens after the last shared one must be the
+    same in all of them (`training.data.pack` sees to that).
     """
     losses, index, loads = [], [], []
     for module in range(modules):

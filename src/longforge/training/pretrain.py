@@ -32,6 +32,7 @@ from longforge.training.losses import (
     next_token_edges,
     thin_edges,
 )
+from longforge.training.muon import MuonAdamW
 from longforge.training.optimiser import (
     build_adamw,
     clip_groups,
@@ -106,15 +107,14 @@ class Pretrainer:
         self._evaluate = evaluate
         self._report = report
         self._device = torch.device(device)
-        self._optimiser = build_adamw(
-            parameter_groups(
-                model,
-                lr=config.optimiser.lr,
-                index_lr=config.optimiser.index_lr,
-                weight_decay=config.optimiser.weight_decay,
-            ),
-            betas=config.optimiser.betas,
+        groups = parameter_groups(
+            model,
+            lr=config.optimiser.lr,
+            index_lr=config.optimiser.index_lr,
+            weight_decay=config.optimiser.weight_decay,
         )
+        build = MuonAdamW if config.optimiser.matrices == "muon" else build_adamw
+        self._optimiser = build(groups, betas=config.optimiser.betas)
         self._mtp_parameters = [
             parameter
             for group in self._optimiser.param_groups

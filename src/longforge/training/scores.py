@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from longforge.model.causal_lm import CausalLM
 from longforge.model.step import Phase
 from longforge.training.data import ASSISTANT, Batch, Sample, pack
-from longforge.training.losses import cross_entropy, next_token_edges
+from longforge.training.losses import predecessors
 
 __all__ = ["held_out_batches", "teacher_forced_scores"]
 
@@ -36,14 +37,14 @@ def teacher_forced_scores(
         device = batch.ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             hidden = model.forward_packed(batch.ids, batch.layout, phase=phase).hidden
-        heavy = torch.where(batch.weights >= ASSISTANT, batch.weights, 0.0)
-        edges = next_token_edges(batch.ids, batch.layout, heavy)
-        loss += float(cross_entropy(hidden, edges, model.logits, normaliser=1.0))
-        guesses = torch.full_like(batch.ids, -1)
-        guesses[edges.rows + 1] = model.logits(hidden[edges.rows]).argmax(-1)
-        hits = guesses == batch.ids
+        previous = predecessors(batch.layout)
+        spoken = torch.where((batch.weights >= ASSISTANT) & (previous >= 0))[0]
+        logits = model.logits(hidden[previous[spoken]])
+        loss += float(F.cross_entropy(logits, batch.ids[spoken], reduction="sum"))
+        hits = torch.zeros_like(batch.ids, dtype=torch.bool)
+        hits[spoken] = logits.argmax(-1) == batch.ids[spoken]
         right += float(hits.sum())
-        count += len(edges)
+        count += len(spoken)
         ranges = [span for span in batch.answers if span[1] > span[0]]
         whole += sum(bool(hits[start:stop].all()) for start, stop in ranges)
         answers += len(ranges)

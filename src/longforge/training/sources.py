@@ -9,7 +9,8 @@ from longforge.chat.tokenizer import Tokenizer
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
 from longforge.training.config import PretrainConfig
-from longforge.training.data import BatchStream, Conversation, ConversationSource, Source, TextSource
+from longforge.training.data import BatchStream, Source
+from longforge.training.samples import Conversation, ConversationSource, TextSource
 
 __all__ = ["build_stream", "conversation_of", "read_conversations", "read_texts"]
 
@@ -32,7 +33,12 @@ def build_stream(
     sources: dict[str, tuple[Source, float]] = {}
     if conversations is not None:
         source = ConversationSource(
-            conversations, tokenizer, background=data.background_weight, max_tokens=data.max_tokens
+            conversations,
+            tokenizer,
+            background=data.background_weight,
+            openings=data.openings,
+            seed=config.seed,
+            max_tokens=data.max_tokens,
         )
         sources["conversations"] = (source, 1.0 - data.text_share if texts else 1.0)
     if texts:

@@ -26,9 +26,8 @@ def save_state(
     draft = folder / "state.part"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, draft / "model.safetensors"
-    )
+    weights = {name: value.clone() for name, value in model.state_dict().items()}  # tied ones apart
+    save_file(weights, draft / "model.safetensors")
     save_file(optimiser_tensors(model, optimiser), draft / "optimiser.safetensors")
     (draft / "counters.json").write_text(json.dumps({"step": step, **counters}, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
