@@ -147,8 +147,8 @@ def mtp_loss(
 
     Module m sees the hidden state of token t and the true token t+m+1, and predicts token t+m+2. Detach
     `hidden` to keep the gradient out of the main model's layers; the shared embedding and head need
-    `backward(inputs=...)`. Where paths share pages, the `modules` tokens after the last shared one must be the
-    same in all of them (`training.data.pack` sees to that).
+    `backward(inputs=...)`. Where paths share pages, the `modules` tokens after the last shared one must be
+    the same in all of them (`training.data.pack` sees to that).
     """
     losses, index, loads = [], [], []
     for module in range(modules):

@@ -31,7 +31,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups named `matrices` go by Muon, the others by fused AdamW. Groups as `parameter_groups` gives them."""
+    """Groups named `matrices` go by Muon, the others by fused AdamW (see `parameter_groups`)."""
 
     def __init__(
         self,
