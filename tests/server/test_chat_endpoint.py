@@ -93,7 +93,6 @@ def test_streamed_text_never_holds_half_a_character(taught: Any):
     chunks = list(ask(taught, tools=TOOLS, messages=history, stream=True))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
     assert "".join(pieces) == FOUND and "\ufffd" not in "".join(pieces)
-    assert sum(bool(piece) for piece in pieces) > 2
     assert all(chunk.usage is None for chunk in chunks)
 
 

@@ -61,8 +61,10 @@ def test_a_streamed_completion_adds_up(served: Any):
     assert [value for choice in choices for value in choice.logprobs.token_logprobs] == pytest.approx(
         whole.logprobs.token_logprobs, abs=1e-5
     )
-    assert choices[0].prompt_token_ids == PROMPT and "prompt_token_ids" not in choices[1].model_dump()
-    assert [choice.finish_reason for choice in choices] == [None] * 5 + ["length"]
+    # A reader slower than the engine gets several tokens in one chunk, so the number of chunks is not fixed.
+    prompts = [choice.model_dump().get("prompt_token_ids") for choice in choices]
+    assert prompts == [PROMPT] + [None] * (len(choices) - 1)
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + ["length"]
 
 
 def test_a_stop_token_is_among_the_ids_but_not_in_the_text(served: Any):
