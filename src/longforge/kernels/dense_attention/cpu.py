@@ -2,12 +2,11 @@
 
 Two ways to compute the forward, chosen path by path:
 
-- direct, where few rows (a path's queries times G heads) read each key, as in decode: one unit of work is
-  (query, SPAN keys), keys are read in their pages, through the page table; the units of a query are merged by
-  their log-sum-exp.
-- tiled, from ROWS_OF_TILED rows on, and for every path where gradients are wanted: the path's keys and values
-  are gathered once, keys transposed so that they are the vector lanes of scores; then online softmax over
-  tiles (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1), and a backward that recomputes the
+- direct, where few queries read each key, as in decode: one unit of work is (query, SPAN keys), keys are read
+  in their pages, through the page table; the units of a query are merged by their log-sum-exp.
+- tiled, from QUERIES_OF_TILED queries on, and for all paths where gradients are wanted: the path's keys and
+  values are gathered once, keys transposed so that they are the vector lanes of scores; then online softmax
+  over tiles (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1), and a backward that recomputes the
   probabilities from the log-sum-exp (Dao et al. 2022, algorithm 4).
 
 Units and tiles are of constant size: a result depends neither on the number of threads nor on other paths.
@@ -36,9 +35,9 @@ from longforge.kernels.vector_code import (
 
 __all__ = ["dense_attention"]
 
-ROWS_OF_TILED = 16
-"""A path whose queries times G are fewer reads its keys directly: transposing them would cost more."""
-SPAN = 512
+QUERIES_OF_TILED = 8
+"""A path with fewer queries reads its keys directly: gathering them would cost more."""
+SPAN = 256
 """Keys of one direct unit."""
 ROWS = 64
 """Query rows (tokens times G) of one tile, about."""
@@ -70,7 +69,7 @@ def dense_attention(
     if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
         out, lse = _DenseAttention.apply(q, k_pages, v_pages, layout, span, scale)  # pyright: ignore
     else:
-        out, lse = _attend(q, k_pages, v_pages, layout, span, scale, ROWS_OF_TILED)
+        out, lse = _attend(q, k_pages, v_pages, layout, span, scale, QUERIES_OF_TILED)
     return out, lse.float()
 
 
@@ -117,12 +116,12 @@ def _attend(
     scale: float,
     tiled_from: int,
 ) -> tuple[Tensor, Tensor]:
-    """out in q's dtype, lse in the dtype of the computation; paths of tiled_from rows or more go by tiles."""
+    """out in q's dtype, lse in the dtype of the computation; paths from tiled_from queries on go tiled."""
     n, heads, _ = q.shape
     wide = _wide(q)
     out, lse = torch.empty(q.shape, dtype=wide.dtype), torch.empty(n, heads, dtype=wide.dtype)
     runs = _every_run(layout)
-    is_tiled = (runs[:, 1] - runs[:, 0]) * (heads // k_pages.shape[2]) >= tiled_from
+    is_tiled = runs[:, 1] - runs[:, 0] >= tiled_from
     with parallel_region(_work(q, layout, span)):
         if is_tiled.any():
             _attend_tiled(wide, k_pages, v_pages, layout, span, scale, runs[is_tiled], out, lse)
@@ -372,43 +371,46 @@ def _backward_tile(
 @compiled(parallel=True, error_model="numpy")
 def _forward_direct(q, k, v, units, positions, paths, table, span, out, lse):
     """For each unit (token, first block, end block): out [units, Hq, D], lse [units, Hq] over these keys."""
-    for unit in prange(len(units) * k.shape[2]):
+    for unit in prange(len(units)):
         _direct_unit(np.int64(unit), q, k, v, units, positions, paths, table, span, out, lse)
 
 
 @compiled(error_model="numpy")
-def _direct_unit(unit, q, k, v, units, positions, paths, table, span, out, lse):
+def _direct_unit(u, q, k, v, units, positions, paths, table, span, out, lse):
+    """All groups of a block before the next block: pages are read from their first byte to their last."""
     _, heads, dim = q.shape
     _, block_size, groups, _ = k.shape
     per_group = heads // groups
-    u, g = unit // groups, unit % groups
     token, first_block, end_block = units[u]
     pages = table[paths[token]]
-    low, high = max(first_block * block_size, positions[token] - span + 1), positions[token] + 1
     # Whole pages are scored, also past the query: what stands there reaches only scores nobody looks at.
     width = round_up(block_size)
     room = (end_block - first_block) * block_size + width
-    scores, tile = np.empty(per_group * room, q.dtype), np.empty(dim * width, q.dtype)
+    scores, tile = np.empty(heads * room, q.dtype), np.empty(dim * width, q.dtype)
     flat_q, flat_k, flat_v, flat_out = q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1)
-    own = g * per_group
     for b in range(first_block, end_block):
-        key = (np.int64(pages[b]) * block_size * groups + g) * dim
-        transpose(tile, 0, width, flat_k, key, groups * dim, block_size, dim)
-        product(
-            scores, (b - first_block) * block_size, room, flat_q, (token * heads + own) * dim, dim, 1,
-            tile, 0, width, per_group, dim, width, False,
-        )  # fmt: skip
+        page = np.int64(pages[b]) * block_size * groups
+        for g in range(groups):
+            transpose(tile, 0, width, flat_k, (page + g) * dim, groups * dim, block_size, dim)
+            product(
+                scores, g * per_group * room + (b - first_block) * block_size, room,
+                flat_q, (token * heads + g * per_group) * dim, dim, 1, tile, 0, width,
+                per_group, dim, width, False,
+            )  # fmt: skip
     start = first_block * block_size
-    count = min(high, end_block * block_size) - low
-    for h in range(per_group):
-        lse[u, own + h] = softmax(scores, h * room + low - start, count, q.dtype.type(1))
+    low = max(start, positions[token] - span + 1)
+    high = min(end_block * block_size, positions[token] + 1)
+    for h in range(heads):
+        lse[u, h] = softmax(scores, h * room + low - start, high - low, q.dtype.type(1))
     for b in range(first_block, end_block):
         at, upto = max(low, b * block_size), min(high, (b + 1) * block_size)
-        value = ((np.int64(pages[b]) * block_size + at - b * block_size) * groups + g) * dim
-        product(
-            flat_out, (u * heads + own) * dim, dim, scores, at - start, room, 1,
-            flat_v, value, groups * dim, per_group, upto - at, dim, b > first_block,
-        )  # fmt: skip
+        row = (np.int64(pages[b]) * block_size + at - b * block_size) * groups
+        for g in range(groups):
+            product(
+                flat_out, (u * heads + g * per_group) * dim, dim,
+                scores, g * per_group * room + at - start, room, 1,
+                flat_v, (row + g) * dim, groups * dim, per_group, upto - at, dim, b > first_block,
+            )  # fmt: skip
 
 
 @compiled(error_model="numpy")
