@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_OPTIMISERS = {"adamw": "AdamW", "muon": "Muon for matrices and AdamW for the rest"}
 CARD = Path(__file__).with_suffix(".md")
 
 
@@ -36,11 +37,15 @@ def _fields(result: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": result["parameters"] / 1e6,
         "tokens": result["tokens"] / 1e6,
         "seed": config["seed"],
-        **{key: data[key] for key in ("text_share", "background_weight", "tokens_per_step", "max_tokens")},
+        **{
+            key: data[key]
+            for key in ("openings", "text_share", "background_weight", "tokens_per_step", "max_tokens")
+        },
         **{key: schedule[key] for key in ("warmup_steps", "dense_share", "mtp_share")},
         "mtp_first": schedule["mtp_weight"][0],
         "mtp_last": schedule["mtp_weight"][1],
         "lr": config["optimiser"]["lr"],
+        "optimiser": _OPTIMISERS[config["optimiser"]["matrices"]],
         "bias_rate": config["optimiser"]["bias_rate"],
         "products": "bf16" if config["optimiser"]["bf16"] else "fp32",
         "vocab": shape["vocab_size"],
