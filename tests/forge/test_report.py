@@ -1,4 +1,4 @@
-"""The report is one file that shows both sides of every held-out question, and never runs what an agent wrote."""
+"""The report is one file, shows both sides of every held-out question, and never runs what an agent wrote."""
 
 import json
 

@@ -1,1 +1,1 @@
-"""One folder per operation: `api` (the public function), `reference` (the specification), backends, `cases`."""
+"""One folder per operation: `api` (public), `reference` (the specification), backends, `cases` (shapes)."""

@@ -8,8 +8,8 @@ Legend of shapes, used by every kernel and mixer:
     Hq  query heads     Hkv  key/value heads (= GQA groups)     G = Hq / Hkv
     D   head dim        Di   index dim              K   selected blocks per query and group
 
-Prefill, chunked prefill after a prefix hit, paged decode, verifying drafts and training are one case: each packed
-token names its path and absolute position; logical block b of path p lives in physical page page_table[p, b].
+Prefill, chunked prefill after a prefix hit, paged decode, verifying drafts and training are one case: each
+packed token names its path and absolute position; logical block b of path p is physical page page_table[p, b].
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,9 @@ class PackedLayout:
         return int(self.page_table.max()) + 1
 
     @staticmethod
-    def from_lengths(lengths: Sequence[int], block_size: int, device: torch.device | str = "cpu") -> "PackedLayout":
+    def from_lengths(
+        lengths: Sequence[int], block_size: int, device: torch.device | str = "cpu"
+    ) -> "PackedLayout":
         """Whole sequences, each from position 0, each on fresh pages (training and scoring).
 
         lengths: tokens of each sequence, all at least 1.
@@ -56,7 +58,11 @@ class PackedLayout:
         logical = torch.arange(int(blocks.max()))
         table = torch.where(logical < blocks[:, None], first_page[:, None] + logical, -1)
         return PackedLayout(
-            positions.to(device), paths.to(device), slots.to(device), table.to(torch.int32).to(device), block_size
+            positions.to(device),
+            paths.to(device),
+            slots.to(device),
+            table.to(torch.int32).to(device),
+            block_size,
         )
 
 

@@ -4,4 +4,14 @@ from longforge.protocol.experience import Call, Episode, Group
 from longforge.protocol.messages import Message, Role, ToolCall, ToolSpec
 from longforge.protocol.sampling import SamplingParams, StopReason
 
-__all__ = ["Call", "Episode", "Group", "Message", "Role", "SamplingParams", "StopReason", "ToolCall", "ToolSpec"]
+__all__ = [
+    "Call",
+    "Episode",
+    "Group",
+    "Message",
+    "Role",
+    "SamplingParams",
+    "StopReason",
+    "ToolCall",
+    "ToolSpec",
+]

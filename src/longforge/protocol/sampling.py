@@ -1,12 +1,12 @@
 """What a request may ask of the sampler, and why a generation ended."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["SamplingParams", "StopReason"]
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why a generation ended."""
 
     STOP = "stop"

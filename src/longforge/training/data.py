@@ -138,8 +138,13 @@ class Packer:
         paths = np.repeat(np.arange(len(lengths)), counts)
         positions = np.arange(counts.sum()) - (np.cumsum(counts) - lengths)[paths]
         slots = table[paths, positions // size].astype(np.int64) * size + positions % size
-        tensors = (torch.from_numpy(array) for array in (positions, paths, slots, table))
-        return PackedLayout(*tensors, size)
+        return PackedLayout(
+            torch.from_numpy(positions),
+            torch.from_numpy(paths),
+            torch.from_numpy(slots),
+            torch.from_numpy(table),
+            size,
+        )
 
     def _head(self, sample: Sample) -> tuple[int, int]:
         first = self._first_with.get(self._opening(sample)) if self._share else None

@@ -87,7 +87,7 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
     """The untrained model of the seed."""
     torch.manual_seed(config.seed)
     model = CausalLM(model_shape(config, tokenizer))
-    if config.tie_while_training:
+    if config.tie_while_training and model.lm_head is not None:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
