@@ -9,7 +9,7 @@ Legend of shapes, used by every kernel and mixer:
     D   head dim        Di   index dim              K   selected blocks per query and group
 
 Prefill, chunked prefill after a prefix hit, paged decode, verifying drafts and training are one case: each
-packed token names its path and absolute position; logical block b of path p is physical page page_table[p, b].
+packed token names its path and absolute position; block b of path p is physical page page_table[p, b].
 """
 
 from collections.abc import Sequence
