@@ -28,6 +28,7 @@ from longforge.forge.code_search.questions import Question, QuestionSet
 from longforge.forge.code_search.scripted import BEST_HABITS, run_scripted
 from longforge.forge.code_search.tools import CodeTools
 from longforge.forge.code_search.traces import TraceMaker, corpus
+from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import PRESETS, CausalLM
 from longforge.training.config import PretrainConfig, load_config
 from longforge.training.data import Batch
@@ -64,6 +65,7 @@ class Material:
 
 def main() -> int:
     options = _options()
+    keep_freed_memory()
     config = load_config(options.config).with_schedule(steps=options.steps, minutes=options.minutes)
     options.work.mkdir(parents=True, exist_ok=True)
     _say("reading the standard library")

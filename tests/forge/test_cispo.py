@@ -38,6 +38,15 @@ def test_gradient_is_that_of_the_weighted_log_likelihood():
     assert bool((logprobs.grad != 0).all()), "no token is dropped, clipped or not"
 
 
+def test_the_gradient_can_be_the_tempered_policys():
+    logprobs, old, advantages, weights = example()
+    scored = logprobs.detach().clone().requires_grad_()
+    loss, _ = cispo_loss(logprobs, old, advantages, weights, eps_high=EPS, scored=scored)
+    loss.backward()
+    ratio = (logprobs.detach() - old).exp().clamp(max=1 + EPS)
+    assert logprobs.grad is None and torch.equal(scored.grad, -(weights * ratio * advantages))
+
+
 def test_micro_batches_add_up_to_the_batch():
     logprobs, old, advantages, weights = example(21)
     entropies = torch.rand(21, dtype=torch.float64)
@@ -53,7 +62,7 @@ def test_micro_batches_add_up_to_the_batch():
             entropies=entropies[part],
         )
         parts, total = parts + loss, total + more
-    assert float(parts) == pytest.approx(float(whole), rel=1e-12)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-12)
     for name in ("edges", "ratio_max", "clipped"):
         assert getattr(total, name) == getattr(stats, name)
     for name in ("ratio_sum", "entropy_sum", "kl_sum", "logprob_gap_sum"):

@@ -43,14 +43,32 @@ def make_groups(seed: int, groups: int = 2, size: int = 3, version: int = 0) -> 
     return made
 
 
+def grown(groups: list[Group]) -> list[Group]:
+    """The groups as agents make them: one question for all, and each call goes on where the one before ended."""
+    made = []
+    for group in groups:
+        question, episodes = tuple(range(17)), []
+        for episode in group.episodes:
+            first = replace(episode.calls[0], prompt_ids=question)
+            prompt = question + first.sampled_ids + episode.calls[1].prompt_ids
+            calls = (first, replace(episode.calls[1], prompt_ids=prompt))
+            episodes.append(replace(episode, calls=calls))
+        made.append(replace(group, episodes=tuple(episodes)))
+    return made
+
+
+def pack_all(groups, max_tokens=10_000, **options):
+    return list(micro_batches(make_batch(groups).samples, max_tokens, 4, **options))
+
+
 def test_edges_are_the_rows_that_sampled_and_weights_are_the_token_mean():
     groups = make_groups(0)
     batch = make_batch(groups)
-    pieces = list(micro_batches(batch.samples, max_tokens=40))
+    pieces = pack_all(groups, 40)
     assert len(pieces) > 1 and all(len(p.ids) <= 40 or len(p.lengths) == 1 for p in pieces)
     seen = {}
     for piece in pieces:
-        layout = piece.layout(4)
+        layout = piece.layout
         place = 0
         for row, target, weight in zip(*(t.tolist() for t in vars(piece.edges).values()), strict=True):
             path = int(layout.paths[row])
@@ -65,15 +83,54 @@ def test_edges_are_the_rows_that_sampled_and_weights_are_the_token_mean():
 
 
 def test_the_sampled_mask_marks_fed_tokens_of_the_policy():
-    (piece,) = micro_batches(make_batch(make_groups(1, groups=1)).samples, max_tokens=10_000)
+    (piece,) = pack_all(make_groups(1, groups=1))
     calls = {
         c.prompt_ids + c.sampled_ids[:-1]: c for e in make_groups(1, groups=1)[0].episodes for c in e.calls
     }
-    for ids, mask in zip(
-        piece.ids.split(piece.lengths), piece.sampled_mask().split(piece.lengths), strict=True
-    ):
+    for ids, mask in zip(piece.ids.split(piece.lengths), piece.sampled.split(piece.lengths), strict=True):
         call = calls[tuple(ids.tolist())]
         assert mask.tolist() == [0.0] * len(call.prompt_ids) + [1.0] * (len(call.sampled_ids) - 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("max_tokens", [60, 10_000])
+def test_common_beginnings_are_packed_once_and_every_edge_keeps_its_context(seed, max_tokens):
+    groups = grown(make_groups(seed))
+    pieces = pack_all(groups, max_tokens)
+    found, marked = [], set()
+    for piece in pieces:
+        layout = piece.layout
+        row_of = {slot: row for row, slot in enumerate(layout.slots.tolist())}
+        assert len(row_of) == len(piece.ids), "no two rows write to one slot"
+        paths = [
+            [row_of[int(layout.page_table[path, at // 4]) * 4 + at % 4] for at in range(length)]
+            for path, length in enumerate(piece.lengths)
+        ]
+        edge = 0
+        for rows in paths:
+            ids = tuple(piece.ids[rows].tolist())
+            while edge < len(piece.edges.rows) and int(piece.edges.rows[edge]) in rows:
+                at = rows.index(int(piece.edges.rows[edge]))
+                numbers = (piece.edges.weights, piece.advantages, piece.old_logprobs)
+                target = int(piece.edges.targets[edge])
+                found.append((ids[: at + 1], target, *(round(float(x[edge]), 3) for x in numbers)))
+                edge += 1
+                if at + 1 == len(rows):
+                    break
+            marked |= {ids[: at + 1] for at in range(len(ids)) if piece.sampled[rows[at]]}
+        assert edge == len(piece.edges.rows)
+    expected, said = [], set()
+    for sample in make_batch(groups).samples:
+        prompt = sample.call.prompt_ids
+        for i, (token, old) in enumerate(zip(sample.call.sampled_ids, sample.call.logprobs, strict=True)):
+            context = prompt + sample.call.sampled_ids[:i]
+            numbers = (sample.weight, sample.advantage, old)
+            expected.append((context, token, *(round(x, 3) for x in numbers)))
+            said |= {context} if i else set()
+    assert sorted(found) == sorted(expected)
+    assert said <= marked
+    whole = sum(len(p.ids) for p in pack_all(groups, max_tokens, share=False))
+    assert sum(len(p.ids) for p in pieces) < 0.75 * whole
 
 
 def test_groups_can_weigh_the_same():
@@ -111,10 +168,12 @@ def one_sample_loss(model, groups, config):
     return loss
 
 
-def test_loss_and_gradient_are_those_of_every_call_alone():
+@pytest.mark.parametrize("mixture", ["sparse", "sliding", "lightning"])
+@pytest.mark.parametrize("shape", [list, grown])
+def test_loss_and_gradient_are_those_of_every_call_alone(shape, mixture):
     config = replace(CONFIG, index_loss=0.0, clip=1e9)
-    groups = make_groups(4)
-    alone = small_model()
+    groups = shape(make_groups(4))
+    alone = small_model(mixture)
     loss = one_sample_loss(alone, groups, config)
     loss.backward()
     gradients = {}
@@ -126,9 +185,10 @@ def test_loss_and_gradient_are_those_of_every_call_alone():
             )
             return super()._update(totals)
 
-    metrics = Spy(small_model(), config).train(groups)
+    metrics = Spy(small_model(mixture), config).train(groups)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["micro_batches"] > 1
+    assert (metrics["prefix_reuse"] > 1.3) == (shape is grown and mixture != "lightning")
     expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())

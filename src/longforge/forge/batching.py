@@ -4,18 +4,25 @@ A sample is a call's prompt and answer. Row r of a packed path predicts the id a
 call are the rows from its last prompt token to its last but one sampled token; the last sampled token is a
 target only and is not fed. Weights make the sum over all edges of a batch the token mean; calls whose
 advantage is zero are not computed, and their tokens still count in the mean.
+
+Calls of an episode begin with the calls before them, and episodes of a group with the same question. In a
+micro-batch, whole pages of such common beginnings are computed once: samples are sorted by their ids, which
+puts each behind the one that it shares most with, and reads that one's pages. The loss and its gradient are
+the same; only edges that meet in one row add up there.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longforge.forge.advantage import group_advantages
 from longforge.kernels.layout import PackedLayout
 from longforge.protocol import Call, Group
+from longforge.training.data import LOOKAHEAD, shared_layout
 from longforge.training.losses import Edges
 
 __all__ = ["Batch", "MicroBatch", "Sample", "make_batch", "micro_batches"]
@@ -31,9 +38,9 @@ class Sample:
     """Share of each of its sampled tokens in the mean."""
 
     @property
-    def tokens(self) -> int:
+    def ids(self) -> tuple[int, ...]:
         """Tokens that are fed."""
-        return len(self.call.prompt_ids) + len(self.call.sampled_ids) - 1
+        return self.call.prompt_ids + self.call.sampled_ids[:-1]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,9 @@ class MicroBatch:
     ids: Tensor
     """int64 [N]."""
     lengths: tuple[int, ...]
-    """Tokens of each sample."""
+    """Tokens of each sample, those on pages of another one included."""
+    layout: PackedLayout
+    """A path for each sample."""
     edges: Edges
     advantages: Tensor
     """fp32 [E], of the episode each edge belongs to."""
@@ -62,19 +71,8 @@ class MicroBatch:
     """fp32 [E], under the weights that sampled the token."""
     versions: Tensor
     """int64 [E], version of those weights."""
-
-    def layout(self, block_size: int) -> PackedLayout:
-        """Each sample on pages of its own."""
-        return PackedLayout.from_lengths(self.lengths, block_size)
-
-    def sampled_mask(self) -> Tensor:
-        """fp32 [N], 1 where a fed token was sampled by the policy."""
-        mask = torch.zeros(len(self.ids))
-        inner = self.edges.rows[self.edges.rows + 1 < len(self.ids)] + 1
-        starts = torch.cumsum(torch.tensor((0, *self.lengths[:-1])), 0)
-        mask[inner] = 1.0
-        mask[starts] = 0.0
-        return mask
+    sampled: Tensor
+    """fp32 [N], 1 where a fed token was sampled by the policy."""
 
 
 def make_batch(
@@ -98,44 +96,82 @@ def make_batch(
     return Batch(tuple(samples), calls, total)
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> Iterator[MicroBatch]:
-    """Packs samples in order of length, at most `max_tokens` together; a longer sample goes alone."""
-    ordered = sorted(samples, key=lambda sample: (sample.tokens, sample.call.call_id))
-    packed: list[Sample] = []
-    filled = 0
-    for sample in ordered:
-        if packed and filled + sample.tokens > max_tokens:
-            yield _pack(packed)
-            packed, filled = [], 0
-        packed.append(sample)
-        filled += sample.tokens
-    if packed:
-        yield _pack(packed)
+def micro_batches(
+    samples: Sequence[Sample], max_tokens: int, block_size: int, *, share: bool = True
+) -> Iterator[MicroBatch]:
+    """Packs samples in the order of their ids, at most `max_tokens` to compute; a longer sample goes alone.
+
+    share: whether common beginnings are computed once, in whole pages.
+    """
+    packing = _Packing(block_size, share=share)
+    for sample in sorted(samples, key=lambda sample: (sample.ids, sample.call.call_id)):
+        if packing.filled and packing.filled + packing.cost(sample) > max_tokens:
+            yield packing.micro_batch()
+            packing = _Packing(block_size, share=share)
+        packing.add(sample)
+    if packing.filled:
+        yield packing.micro_batch()
 
 
-def _pack(samples: Sequence[Sample]) -> MicroBatch:
-    ids: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    advantages: list[float] = []
-    logprobs: list[float] = []
-    versions: list[int] = []
-    for sample in samples:
-        call, n = sample.call, len(sample.call.sampled_ids)
-        first = len(ids) + len(call.prompt_ids) - 1
-        rows += range(first, first + n)
-        ids += call.prompt_ids + call.sampled_ids[:-1]
-        targets += call.sampled_ids
-        weights += [sample.weight] * n
-        advantages += [sample.advantage] * n
-        logprobs += call.logprobs
-        versions += call.versions
-    return MicroBatch(
-        ids=torch.tensor(ids),
-        lengths=tuple(sample.tokens for sample in samples),
-        edges=Edges(torch.tensor(rows), torch.tensor(targets), torch.tensor(weights)),
-        advantages=torch.tensor(advantages),
-        old_logprobs=torch.tensor(logprobs),
-        versions=torch.tensor(versions),
-    )
+class _Packing:
+    """A micro-batch that grows. Samples come in the order of their ids."""
+
+    def __init__(self, block_size: int, *, share: bool) -> None:
+        self._block_size = block_size
+        self._share = share
+        self._samples: list[Sample] = []
+        self._heads: list[tuple[int, int]] = []
+        """For each sample, whose first pages it reads, and how many tokens they hold."""
+        self._rows: list[np.ndarray] = []
+        """For each sample, the packed row of each of its tokens."""
+        self.filled = 0
+        """Tokens to compute so far."""
+
+    def cost(self, sample: Sample) -> int:
+        """Tokens that this sample would add."""
+        return len(sample.ids) - self._shared(sample)
+
+    def add(self, sample: Sample) -> None:
+        shared, own = self._shared(sample), self.cost(sample)
+        before = self._rows[-1][:shared] if self._rows else np.zeros(0, dtype=np.int64)
+        self._rows.append(np.concatenate([before, self.filled + np.arange(own)]))
+        self._heads.append((len(self._samples) - 1, shared))
+        self._samples.append(sample)
+        self.filled += own
+
+    def micro_batch(self) -> MicroBatch:
+        ids = np.zeros(self.filled, dtype=np.int64)
+        sampled = np.zeros(self.filled, dtype=np.float32)
+        edge_rows = []
+        for sample, rows in zip(self._samples, self._rows, strict=True):
+            prompt = len(sample.call.prompt_ids)
+            ids[rows] = sample.ids
+            sampled[rows[prompt:]] = 1.0
+            edge_rows.append(rows[prompt - 1 :])
+        lengths = tuple(len(rows) for rows in self._rows)
+        each = [(s, len(s.call.sampled_ids)) for s in self._samples]
+        edges = Edges(
+            torch.from_numpy(np.concatenate(edge_rows)),
+            torch.tensor([token for s, _ in each for token in s.call.sampled_ids]),
+            torch.tensor([weight for s, n in each for weight in [s.weight] * n]),
+        )
+        return MicroBatch(
+            ids=torch.from_numpy(ids),
+            lengths=lengths,
+            layout=shared_layout(self._heads, lengths, self._block_size),
+            edges=edges,
+            advantages=torch.tensor([advantage for s, n in each for advantage in [s.advantage] * n]),
+            old_logprobs=torch.tensor([logprob for s, _ in each for logprob in s.call.logprobs]),
+            versions=torch.tensor([version for s, _ in each for version in s.call.versions]),
+            sampled=torch.from_numpy(sampled),
+        )
+
+    def _shared(self, sample: Sample) -> int:
+        """Tokens on whole pages that the sample before has too, and the few tokens that follow them."""
+        if not (self._share and self._samples):
+            return 0
+        ids, before = np.array(sample.ids), np.array(self._samples[-1].ids)
+        most = min(len(ids), len(before))
+        differing = np.flatnonzero(ids[:most] != before[:most])
+        common = int(differing[0]) if len(differing) else most
+        return max(common - LOOKAHEAD, 0) // self._block_size * self._block_size

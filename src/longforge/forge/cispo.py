@@ -67,8 +67,12 @@ def cispo_loss(
     *,
     eps_high: float,
     entropies: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> tuple[Tensor, CispoStats]:
     """Minus J over the given edges, and what happened in it.
+
+    scored: [E] log-probabilities that carry the gradient, where they are not `logprobs`: those of the
+    tempered policy that sampled, while the ratio stays that of the recorded, untempered ones.
 
     logprobs, old_logprobs, advantages, weights: [E]. The gradient reaches `logprobs` only. Sums over
     micro-batches that use one normaliser in `weights` equal the loss of the whole batch.
@@ -86,4 +90,5 @@ def cispo_loss(
             kl_sum=float((ratio - 1.0 - gap).sum()),
             logprob_gap_sum=float(gap.abs().sum()),
         )
-    return -(weights * clipped * advantages * logprobs).sum(), stats
+    gradient = logprobs if scored is None else scored
+    return -(weights * clipped * advantages * gradient).sum(), stats

@@ -83,7 +83,8 @@ class RolloutConfig:
     max_tokens: Count = 192
     """Most tokens sampled per call. A call may ask for less."""
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
-    """Recorded log-probabilities, and so the importance weights, are those of temperature 1."""
+    """The policy that samples is the one that is trained. Recorded log-probabilities, and so the importance
+    weights, are those of temperature 1, of which the engine reports them."""
     thinking: Literal["adaptive", "enabled", "disabled"] = "adaptive"
     allow_request_sampling: bool = False
     """Whether an agent's own temperature, top_p, top_k and thinking are followed. Otherwise the run's are,

@@ -79,7 +79,7 @@ def build_parts(folder: RunFolder, source: Source, stack: ExitStack, stop: StopF
     config, environment, tokenizer = folder.config, source.environment, source.tokenizer
     keep_freed_memory()
     torch.set_num_threads(config.trainer.threads)
-    trainer = Trainer(source.model, config.trainer)
+    trainer = Trainer(source.model, config.trainer, temperature=config.rollout.temperature)
     trainer.load(folder.checkpoint)
     pool = SqlitePool(folder.pool)
     stack.callback(pool.close)

@@ -1,8 +1,7 @@
 """The trainer: completed groups in, one optimiser step, numbers out.
 
-    groups -> advantages -> samples -> micro-batches -> hidden rows of the edges -> CISPO + index loss ->
-    AdamW
-           -> expert bias
+    groups -> advantages -> samples -> micro-batches -> hidden rows of the edges
+           -> CISPO + index loss -> AdamW -> expert bias
 
 The backbone learns from CISPO alone, the index branch from its own loss alone (the model keeps them apart),
 and the MTP modules, if they are trained, from theirs: its gradient is taken with respect to them only.
@@ -31,12 +30,14 @@ __all__ = ["Trainer"]
 class Trainer:
     """Owns the model under training and its optimiser.
 
-    `step` counts finished steps; it is also the version of the weights.
+    `step` counts finished steps; it is also the version of the weights. temperature: that of the rollouts;
+    the policy whose likelihood is raised or lowered is the one that sampled.
     """
 
-    def __init__(self, model: CausalLM, config: TrainerConfig) -> None:
+    def __init__(self, model: CausalLM, config: TrainerConfig, *, temperature: float = 1.0) -> None:
         self.model = model.train()
         self.config = config
+        self.temperature = temperature
         self.step = 0
         groups = parameter_groups(
             model,
@@ -58,7 +59,7 @@ class Trainer:
         began = time.perf_counter()
         config = self.config
         batch = make_batch(groups, normalise=config.normalise_advantage, mean_over=config.mean_over)
-        pieces = list(micro_batches(batch.samples, config.micro_batch_tokens))
+        pieces = self._pieces(batch.samples)
         tokens = sum(len(piece.ids) for piece in pieces)
         self._optimiser.zero_grad(set_to_none=True)
         totals = _Totals()
@@ -86,7 +87,7 @@ class Trainer:
         block = self.model.config.block_size
         prompt, answer = tuple(range(2 * block)), tuple(range(block))
         call = Call("warm-up", "warm-up", 0, prompt, answer, (-1.0,) * block, (0,) * block, "stop")
-        for piece in micro_batches([Sample(call, 1.0, 1.0 / block)] * 2, self.config.micro_batch_tokens):
+        for piece in self._pieces([Sample(call, 1.0, 1.0 / block)] * 2):
             self._backward(piece, share=1.0, totals=_Totals())
         self._optimiser.zero_grad(set_to_none=True)
 
@@ -103,13 +104,22 @@ class Trainer:
         self.model.version = self.step
         return True
 
+    def _pieces(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """Micro-batches. Lightning layers carry a state through each sample, which none can share."""
+        shape = self.model.config
+        share = all(layer.mixer != "lightning" for layer in shape.layers)
+        return list(micro_batches(samples, self.config.micro_batch_tokens, shape.block_size, share=share))
+
     def _backward(self, piece: MicroBatch, share: float, totals: "_Totals") -> None:
         """Adds one micro-batch to the gradient. share: its part of the batch's fed tokens."""
-        config, layout = self.config, piece.layout(self.model.config.block_size)
+        config, layout = self.config, piece.layout
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             output = self.model.forward_packed(piece.ids, layout, index_loss=config.index_loss > 0)
-        rows = output.hidden.index_select(0, piece.edges.rows)
-        logprobs, entropies = edge_logprobs(self.model.logits(rows), piece.edges.targets)
+        logits = self.model.logits(output.hidden.index_select(0, piece.edges.rows))
+        logprobs, entropies = edge_logprobs(logits, piece.edges.targets)
+        scored = logprobs
+        if self.temperature != 1.0:
+            scored, _ = edge_logprobs(logits / self.temperature, piece.edges.targets)
         loss, stats = cispo_loss(
             logprobs,
             piece.old_logprobs,
@@ -117,6 +127,7 @@ class Trainer:
             piece.edges.weights,
             eps_high=config.eps_high,
             entropies=entropies,
+            scored=scored,
         )
         totals.add(loss, stats, output.expert_loads)
         totals.add_fresh(logprobs.detach() - piece.old_logprobs, piece.versions == self.step)
@@ -128,10 +139,9 @@ class Trainer:
             totals.mtp_loss += share * self._backward_mtp(piece, output.hidden.detach(), share)
 
     def _backward_mtp(self, piece: MicroBatch, hidden: Tensor, share: float) -> float:
-        layout = piece.layout(self.model.config.block_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
             modules = self.model.config.mtp_modules
-            found = mtp_loss(self.model, hidden, piece.ids, layout, piece.sampled_mask(), modules=modules)
+            found = mtp_loss(self.model, hidden, piece.ids, piece.layout, piece.sampled, modules=modules)
         total = self.config.mtp_loss * found.loss
         if found.index_loss is not None:
             total = total + self.config.index_loss * found.index_loss
@@ -205,6 +215,7 @@ def _batch_metrics(batch: Batch, pieces: Sequence[MicroBatch], version: int) -> 
         "skipped_calls": batch.calls - len(batch.samples),
         "sampled_tokens": batch.sampled_tokens,
         "micro_batches": len(pieces),
+        "prefix_reuse": sum(sum(p.lengths) for p in pieces) / max(sum(len(p.ids) for p in pieces), 1),
         "staleness_mean": float(ages.double().mean()),
         "staleness_max": float(ages.max()),
     }

@@ -17,12 +17,14 @@ from longforge.kernels.layout import PackedLayout
 
 __all__ = [
     "ASSISTANT",
+    "LOOKAHEAD",
     "Batch",
     "BatchStream",
     "Packer",
     "Sample",
     "Source",
     "pack",
+    "shared_layout",
 ]
 
 
@@ -114,7 +116,7 @@ class Packer:
         return Batch(
             ids=torch.from_numpy(self._joined("ids")),
             weights=torch.from_numpy(self._joined("weights")),
-            layout=self._layout(starts, lengths),
+            layout=shared_layout(self._heads, lengths, self._block_size),
             answers=tuple(
                 (int(row) + sample.answer[0], int(row) + sample.answer[1])
                 for row, sample in zip(rows, self._samples, strict=True)
@@ -124,27 +126,6 @@ class Packer:
     def _joined(self, field: str) -> np.ndarray:
         parts = zip(self._samples, self._heads, strict=True)
         return np.concatenate([getattr(sample, field)[shared:] for sample, (_, shared) in parts])
-
-    def _layout(self, starts: np.ndarray, lengths: np.ndarray) -> PackedLayout:
-        size = self._block_size
-        pages = -(-lengths // size)
-        own = pages - starts // size
-        first_page = np.cumsum(own) - own
-        table = np.full((len(lengths), pages.max()), -1, dtype=np.int32)
-        for path, (head, shared) in enumerate(self._heads):
-            table[path, : shared // size] = table[head, : shared // size]
-            table[path, shared // size : pages[path]] = first_page[path] + np.arange(own[path])
-        counts = lengths - starts
-        paths = np.repeat(np.arange(len(lengths)), counts)
-        positions = np.arange(counts.sum()) - (np.cumsum(counts) - lengths)[paths]
-        slots = table[paths, positions // size].astype(np.int64) * size + positions % size
-        return PackedLayout(
-            torch.from_numpy(positions),
-            torch.from_numpy(paths),
-            torch.from_numpy(slots),
-            torch.from_numpy(table),
-            size,
-        )
 
     def _head(self, sample: Sample) -> tuple[int, int]:
         first = self._first_with.get(self._opening(sample)) if self._share else None
@@ -159,6 +140,36 @@ class Packer:
 
     def _opening(self, sample: Sample) -> bytes:
         return sample.ids[: self._block_size].tobytes()
+
+
+def shared_layout(
+    heads: Sequence[tuple[int, int]], lengths: Sequence[int] | np.ndarray, block_size: int
+) -> PackedLayout:
+    """The layout of paths that begin on pages of earlier paths; only their other tokens are packed.
+
+    heads: for each path, which path's first pages it uses (any, where it uses none), and how many tokens
+    those hold, a multiple of block_size below the path's length. lengths: whole tokens of each path.
+    """
+    size = block_size
+    lengths, starts = np.asarray(lengths), np.array([shared for _, shared in heads])
+    pages = -(-lengths // size)
+    own = pages - starts // size
+    first_page = np.cumsum(own) - own
+    table = np.full((len(lengths), pages.max()), -1, dtype=np.int32)
+    for path, (head, shared) in enumerate(heads):
+        table[path, : shared // size] = table[head, : shared // size]
+        table[path, shared // size : pages[path]] = first_page[path] + np.arange(own[path])
+    counts = lengths - starts
+    paths = np.repeat(np.arange(len(lengths)), counts)
+    positions = np.arange(counts.sum()) - (np.cumsum(counts) - lengths)[paths]
+    slots = table[paths, positions // size].astype(np.int64) * size + positions % size
+    return PackedLayout(
+        torch.from_numpy(positions),
+        torch.from_numpy(paths),
+        torch.from_numpy(slots),
+        torch.from_numpy(table),
+        size,
+    )
 
 
 def pack(samples: Sequence[Sample], block_size: int, *, share: bool = True) -> Batch:
