@@ -82,7 +82,7 @@ _MICRO = ModelConfig(
     shared_expert_size=192,
     routed_scale=2.0,
     dense_size=512,
-    top_k_blocks=8,
+    top_k_blocks=16,
     index_dim=32,
     mtp_modules=1,
 )
