@@ -71,6 +71,9 @@ class Lengths:
     def agents(self, log: Path) -> Agents:
         return HostedAgents([sys.executable, "-c", AGENT_HOST], log, deadline=30.0)
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -5,7 +5,6 @@
     ├── CheckpointError       a model folder: missing, truncated, wrong shape, unknown architecture
     ├── InputError            an argument of a public function or a command
     │   └── ContextOverflow   a prompt that does not fit the model's context
-    ├── UnsupportedField      a request field or option that we know and do not serve
     ├── EngineError           the engine cannot do what was asked in its present state
     ├── ToolError             a tool call of the agent that was refused (path outside the tree, bad range)
     └── RunError              a run folder: in use, not a run, not resumable
@@ -22,7 +21,6 @@ __all__ = [
     "LongforgeError",
     "RunError",
     "ToolError",
-    "UnsupportedField",
 ]
 
 
@@ -51,10 +49,6 @@ class ContextOverflow(InputError):
         super().__init__(
             f"prompt: at most {context} tokens fit the context, got {prompt_tokens}; shorten the conversation"
         )
-
-
-class UnsupportedField(LongforgeError):
-    """A request field that this server does not serve. It is refused, never ignored."""
 
 
 class EngineError(LongforgeError):

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longforge.chat import ChatParser, Delta, parse
+from longforge.chat.format import call_text
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
 
@@ -216,6 +217,26 @@ def test_thinking_is_told_from_content(
 def test_an_argument_given_twice_is_not_a_call() -> None:
     text = f'{OPEN}{NS}<invoke name="grep">{NS}<p>1{NS}</p>{NS}<p>2{NS}</p>{NS}</invoke>{CLOSE}'
     assert parse(text, "m3", [GREP]) == Message("assistant", text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"{NS}<a>" * 300 + "x" + f"{NS}</a>" * 300,
+        f"{NS}<a>" + '{"b":' * 300 + "1" + "}" * 300 + f"{NS}</a>",
+    ],
+)
+def test_arguments_nested_too_deeply_are_not_a_call(value: str) -> None:
+    text = f'{OPEN}{NS}<invoke name="f">{value}{NS}</invoke>{CLOSE}'
+    assert parse(text, "m3") == Message("assistant", text)
+    assert _stream("m3", list(text)) == [Delta("content", text)]
+
+
+def test_arguments_as_deep_as_allowed_are_a_call() -> None:
+    value = f"{NS}<a>" * 100 + "x" + f"{NS}</a>" * 100
+    text = f'{OPEN}{NS}<invoke name="f">{value}{NS}</invoke>{CLOSE}'
+    (call,) = parse(text, "m3").tool_calls
+    assert call_text(call, "m3") in text
 
 
 def test_a_call_of_an_unknown_tool_is_a_call() -> None:

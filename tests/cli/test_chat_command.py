@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps(TOOLS))
 
-    def run(typed: str, *arguments: str) -> tuple[int, str, str]:
+    def run(typed: str | bytes, *arguments: str) -> tuple[int, str, str]:
         arguments = tuple(str(tools) if argument == "TOOLS" else argument for argument in arguments)
         monkeypatch.setattr(sys, "argv", ["longforge", "chat", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        raw = typed.encode() if isinstance(typed, str) else typed
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
         code = 0
         try:
             main()
@@ -55,6 +58,47 @@ def test_a_refused_question_on_a_pipe_is_one_line_and_exit_code_2(chat: Any, tau
     code, out, err = chat("word " * 900 + "\n", "--url", taught.url)
     assert code == 2 and out == ""
     assert err.startswith("longforge: prompt: at most 1024 tokens fit") and err.count("\n") == 1
+
+
+def test_input_that_ends_before_a_tools_result_ends_the_conversation(chat: Any, taught: Any):
+    code, out, err = chat("Where?\n", "--url", taught.url, "--tools", "TOOLS")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["(thinking) hm", '(calls grep) {"limit": 3}']
+
+
+def test_bytes_that_are_no_text_are_one_line_and_exit_code_2(chat: Any, taught: Any):
+    code, out, err = chat(b"caf\xe9\n", "--url", taught.url)
+    assert (code, out, err) == (2, "", "longforge: input: expected UTF-8 text, got other bytes\n")
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """Answers, but not as a model server does."""
+
+    content_type, body = "text/html", b"<p>hello</p>"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", self.content_type)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [("text/html", b"<p>hello</p>"), ("application/json", b"{}"), ("application/json", b'{"data": []}')],
+)
+def test_a_server_of_something_else_is_one_line(chat: Any, content_type: str, body: bytes):
+    handler = type("Handler", (OtherServer,), {"content_type": content_type, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code, out, err = chat("hello\n", "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"127.0.0.1:{server.server_port}/v1: expected a model server" in err
 
 
 def test_it_brings_its_own_model(chat: Any, folder: Path):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from longforge import __version__
+from longforge.chat import train_tokenizer
 from longforge.cli import main
+from longforge.forge.loop import Interrupted
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -94,6 +96,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert printed.err.startswith("longforge: ") and printed.err.count("\n") == 1 and said in printed.err
 
 
+@pytest.mark.parametrize("verb", [["serve", "--port", "0"], ["chat"]])
+def test_a_tokenizer_without_the_end_marker_is_refused_before_anything_is_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: list[str]
+):
+    train_tokenizer(["words"], 300, special_tokens=()).save(tmp_path)
+    assert run(monkeypatch, *verb, str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"longforge: {tmp_path}: special token '[e~['") and said.count("\n") == 1
+
+
+def test_a_pool_larger_than_the_machine_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+):
+    assert run(monkeypatch, "serve", str(folder), "--port", "0", "--pages", str(10**12)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("longforge: pages: expected at most ") and said.count("\n") == 1
+
+
 def test_a_wrong_option_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert run(monkeypatch, "serve", "--prot", "80") == 2
     assert "--prot" in capsys.readouterr().err
@@ -105,6 +125,22 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("longforge.model.info.find_config", interrupted)
     assert run(monkeypatch, "info", "m2") == 130
+
+
+def test_a_stopped_run_is_told_with_the_command_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("longforge.forge.loop.resume_run", stopped)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/longforge", "forge", "resume", "runs/demo"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "longforge: stopped; go on with: .venv/bin/longforge forge resume runs/demo\n"
+    )
 
 
 def test_no_shipped_model_is_told_with_what_to_do(

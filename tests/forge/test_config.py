@@ -26,6 +26,7 @@ def test_the_resolved_config_reads_back_equal():
         ),
         ("[trainer]\nsteps = 0", "trainer.steps: expected greater than or equal to 1, got 0"),
         ('[trainer]\nsteps = "many"', 'trainer.steps: expected a valid integer, got "many"'),
+        ("max_seconds = inf", "max_seconds: expected a finite number, got Infinity"),
         ("[rollout]\nbuffer = 4", "rollout.buffer: expected at least rollout.groups_per_step = 8, got 4"),
         ('[rollout]\nthinking = "maybe"', "rollout.thinking: expected 'adaptive', 'enabled' or 'disabled'"),
         ("seed = 1979-05-27", "got a date or time"),

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from longforge.errors import RunError
-from longforge.forge.config import load_config
+from longforge.forge.config import ForgeConfig, load_config
 from longforge.forge.feed import TRAIN
 from longforge.forge.loop import start_run
+from longforge.forge.parts import Source
 from longforge.forge.sqlite_pool import SqlitePool
+from longforge.forge.trainer import Trainer
 from longforge.model import CausalLM
 from longforge.observe import read_metrics
 from small_environment import load_small
@@ -85,8 +88,15 @@ def check_run(out: Path) -> dict:
     return summary
 
 
-def test_a_run_evaluates_trains_evaluates_and_explains_itself(config_file, tmp_path):
+def test_a_run_evaluates_trains_evaluates_and_explains_itself(config_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
+    saved, save = [], Trainer.save
+
+    def noted(self: Trainer, folder: Path) -> Path:
+        saved.append((self.step, [row["step"] for row in read_metrics(out)]))
+        return save(self, folder)
+
+    monkeypatch.setattr(Trainer, "save", noted)
     summary = start_run(load_config(config_file), out, load=load_small)
     assert check_run(out) == json.loads(json.dumps(summary))
     assert summary["finished"] and summary["steps"] == STEPS
@@ -95,8 +105,19 @@ def test_a_run_evaluates_trains_evaluates_and_explains_itself(config_file, tmp_p
     rows = read_metrics(out)
     assert {"loss", "ratio_mean", "entropy", "grad_norm", "reward", "staleness_mean"} <= rows[0].keys()
     assert rows[0]["fresh_logprob_gap"] < 1e-4, "trainer and engine agree about fresh weights"
+    assert saved == [(2, [1, 2]), (4, [1, 2, 3, 4])], "once each, and never before the step has its metrics"
     with pytest.raises(RunError, match="expected a new or empty folder"):
         start_run(load_config(config_file), out, load=load_small)
+
+
+def test_ctrl_c_before_there_is_a_run_does_not_promise_one(config_file, tmp_path):
+    def load(config: ForgeConfig, stack: ExitStack) -> Source:
+        os.kill(os.getpid(), signal.SIGINT)
+        return load_small(config, stack)
+
+    with pytest.raises(KeyboardInterrupt):
+        start_run(load_config(config_file), tmp_path / "run", load=load)
+    assert not (tmp_path / "run").exists()
 
 
 class Child:

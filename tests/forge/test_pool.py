@@ -177,6 +177,11 @@ def test_a_file_that_is_no_pool_is_one_line(tmp_path):
         SqlitePool(path)
 
 
+def test_a_pool_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(RunError, match=r"pool\.sqlite: it cannot be written \(unable to open"):
+        SqlitePool(tmp_path / "none" / "pool.sqlite")
+
+
 TRAINER = """
 import json, os, sys
 from pathlib import Path

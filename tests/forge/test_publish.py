@@ -27,6 +27,15 @@ def test_a_published_folder_is_the_model_and_only_two_are_kept(tmp_path):
     assert Tokenizer.load(folder).encode("class Foo") == small_tokenizer().encode("class Foo")
 
 
+def test_what_a_killed_process_left_goes_with_the_next_version(tmp_path):
+    for left in (".v00003.ab12cd34.new", "v00005"):
+        (tmp_path / left).mkdir()
+    (tmp_path / "notes").mkdir()
+    publisher = Publisher(tmp_path, small_tokenizer(), lambda folder, version: None)
+    publisher.publish(small_model(), 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "v00003"]
+
+
 def test_an_engine_that_refuses_leaves_the_versions_before(tmp_path):
     def refuse(folder, version):
         if version > 2:

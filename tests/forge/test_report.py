@@ -49,6 +49,8 @@ def run(tmp_path):
         ("after", "which X?", 1.0),
         ("before", "which Y?", 1.0),
         ("train", "which Z?", 1.0),
+        ("before", "which part?", 0.5),
+        ("after", "which part?", 0.0),
     ]
     for i, (phase, question, reward) in enumerate(rows):
         (folder / f"{i}.json").write_text(json.dumps(episode(phase, question, reward)))
@@ -59,11 +61,17 @@ def test_the_page_shows_thinking_calls_and_both_sides(run):
     page = write_report(run).read_text()
     assert "find class X" in page and "class X" in page and "wrong, then right (1)" in page
     assert "one side (1)" in page and "which Z?" not in page
+    assert "unchanged (1)" in page, "part of a reward is no success"
 
 
 def test_what_an_agent_wrote_is_shown_and_not_run(run):
     page = write_report(run).read_text()
     assert HOSTILE not in page and "&lt;script&gt;alert" in page
+
+
+def test_half_a_surrogate_pair_does_not_cost_the_page(run):
+    (run / "episodes" / "9.json").write_text(json.dumps(episode("after", "which Y?", 1.0, "\ud800")))
+    assert "<b>?</b>" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_page_needs_no_network(run):

@@ -9,10 +9,11 @@ import httpx
 import pytest
 
 from longforge.chat import train_tokenizer
-from longforge.errors import RunError
+from longforge.errors import LongforgeError, RunError
+from longforge.forge import agents as agents_module
 from longforge.forge.agents import AgentProgram, HostedAgents
 from longforge.forge.background import BackgroundLoop, HttpServer
-from longforge.forge.engine_client import EngineClient
+from longforge.forge.engine_client import EngineClient, EngineGone
 from longforge.forge.gateway import Gateway, Policy
 from longforge.forge.memory_pool import MemoryPool
 from longforge.forge.rollout import Rollouts
@@ -51,6 +52,13 @@ class Words:
 
     def shown(self, task):
         return {"do": task["do"]}
+
+    def __init__(self):
+        self.broken = None
+
+    def check(self):
+        if self.broken:
+            raise self.broken
 
     def score(self, task, answer):
         return 1.0 if answer == "yes" else 0.0
@@ -175,6 +183,51 @@ def test_a_host_that_dies_breaks_the_run_and_not_the_rewards(bench, tmp_path):
         play.check()
     assert ends.empty() and len(pool.unfinished("train")) == 2
     play._loop.run(agents.close())
+
+
+@pytest.mark.parametrize("gone", ["engine", "tools"])
+def test_an_engine_or_tools_that_are_gone_break_the_run_and_not_the_rewards(bench, tmp_path, gone):
+    pool, ends, rollouts = bench
+    play = rollouts(AgentProgram([sys.executable, "-c", AGENT], tmp_path / "agent.log"))
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    if gone == "engine":
+        play._gateway._engine = EngineClient("http://engine", "m", transport=httpx.MockTransport(refuse))
+    else:
+        play._environment.broken = LongforgeError("tool server: it ended")
+    play.submit(group_of("hello", "hello"), phase="train", step=0, policy=Policy(max_tokens=9))
+    for _ in range(1000):
+        if play.failure and not play._tasks:
+            break
+        time.sleep(0.02)
+    with pytest.raises(EngineGone if gone == "engine" else LongforgeError, match=r"^(engine|tool server): "):
+        play.check()
+    assert ends.empty() and len(pool.unfinished("train")) == 2
+
+
+def test_an_agent_that_never_stops_talking_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(agents_module, "OUTPUT_LIMIT", 10_000)
+    program = "while True: print('talk ' * 100, flush=True)"
+    agents = AgentProgram([sys.executable, "-c", program], tmp_path / "log")
+    reply = asyncio.run(asyncio.wait_for(agents.run({}, "http://nowhere", "key"), 60))
+    assert (reply.outcome, reply.detail) == ("failed", "agent: more than 10000 bytes of output")
+
+
+def test_a_host_that_writes_nonsense_is_one_line_and_not_a_wait(tmp_path):
+    program = "import sys; sys.stdin.readline(); print('no result', flush=True); sys.stdin.read()"
+
+    async def play() -> None:
+        agents = HostedAgents([sys.executable, "-c", program], tmp_path / "log", deadline=60.0)
+        await agents.start()
+        try:
+            await asyncio.wait_for(agents.run({}, "http://nowhere", "key"), 60)
+        finally:
+            await agents.close()
+
+    with pytest.raises(RunError, match="agent host: it wrote what is no result"):
+        asyncio.run(play())
 
 
 def test_cancelled_episodes_stay_unfinished_and_run_again(bench, tmp_path):

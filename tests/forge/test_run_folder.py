@@ -1,5 +1,6 @@
 """The run folder: whole files, one user at a time, nothing of somebody else's is removed."""
 
+import errno
 import json
 import multiprocessing
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from longforge.errors import RunError
+from longforge.forge import run_folder
 from longforge.forge.config import ForgeConfig
-from longforge.forge.run_folder import RunFolder
+from longforge.forge.run_folder import RunFolder, full_disk_told
 
 CONFIG = ForgeConfig(name="mine", seed=3)
 
@@ -19,12 +21,15 @@ def test_a_run_opens_as_it_was_left(tmp_path):
     folder.state.phase_seconds["start"] = 1.5
     folder.save_state()
     folder.write_episode("before-00001/0", {"answer": "ü"})
+    folder.write_episode("before-00001/1", {"answer": "half a pair: \ud800"})
     folder.write_summary({"seconds": float("nan"), "before": None})
     folder.close()
     again = RunFolder.open(tmp_path / "run")
     assert again.config == CONFIG and again.state == folder.state
     assert again.has_episode("before-00001/0") and not again.has_episode("before-00002/0")
     assert json.loads((again.episodes / "before-00001-0.json").read_text()) == {"answer": "ü"}
+    half = (again.episodes / "before-00001-1.json").read_text(encoding="utf-8")
+    assert json.loads(half) == {"answer": "half a pair: \ud800"}
     assert again.read_summary() == {"seconds": None, "before": None}
     again.close()
 
@@ -71,6 +76,8 @@ def test_only_a_run_is_replaced_and_only_when_asked(tmp_path):
     assert (mine / "letter.txt").exists()
     with pytest.raises(RunError, match="found a file"):
         RunFolder.create(mine / "letter.txt", CONFIG, replace=True)
+    with pytest.raises(RunError, match="it cannot be made"):
+        RunFolder.create(mine / "letter.txt" / "run", CONFIG)
 
 
 def test_replacing_leaves_nothing_of_the_old_run(tmp_path):
@@ -83,6 +90,46 @@ def test_replacing_leaves_nothing_of_the_old_run(tmp_path):
     assert not new.has_episode("before-00001/0") and not new.weights.exists()
     new.close()
     assert RunFolder.open(path).config.name == "new"
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_a_replacement_that_is_killed_can_be_made_again_and_is_no_run(tmp_path, monkeypatch, removed):
+    path = tmp_path / "run"
+    folder = RunFolder.create(path, CONFIG)
+    folder.checkpoint.mkdir()
+    folder.log("engine").write_text("ready")
+    folder.close()
+    left = [removed]
+    remove = run_folder._remove
+
+    def killed(entry: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        remove(entry)
+
+    def killed_late(self: RunFolder) -> None:
+        assert removed == 4, "state.json, checkpoint, engine.log and episodes are to go"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "_remove", killed)
+        patch.setattr(RunFolder, "save_state", killed_late)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.create(path, CONFIG, replace=True)
+    if removed:
+        with pytest.raises(RunError, match="expected a run"):
+            RunFolder.open(path)
+    RunFolder.create(path, ForgeConfig(name="new"), replace=True).close()
+    assert RunFolder.open(path).config.name == "new"
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    words = "no space left on the disk; free some and go on with"
+    with pytest.raises(RunError, match=words), full_disk_told(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), full_disk_told(tmp_path):
+        (tmp_path / "none").read_text()
 
 
 @pytest.mark.parametrize("broken", ["nothing", "empty", "state"])

@@ -44,7 +44,7 @@ def make_groups(seed: int, groups: int = 2, size: int = 3, version: int = 0) -> 
 
 
 def grown(groups: list[Group]) -> list[Group]:
-    """The groups as agents make them: one question for all, and each call goes on where the one before ended."""
+    """Groups as agents make them: one question for all, and each call goes on where the one before ended."""
     made = []
     for group in groups:
         question, episodes = tuple(range(17)), []

@@ -127,6 +127,19 @@ def test_rows_without_a_token_are_never_read(case: Case, backend: str):
     assert not results[3][empty].any() and not results[4][empty].any()
 
 
+def test_blocks_that_no_query_selected_are_never_read():
+    """The fast path computes what is selected and nothing else: forward and backward."""
+    case = Case((64,), 4, 2, 8, 8, 4, 2)
+    inputs = take(make_inputs(case), torch.arange(56, 64))
+    own = inputs.layout.positions // case.block_size
+    blocks = torch.stack([torch.zeros_like(own), own], 1)[:, None].expand(-1, case.groups, -1).int()
+    wanted = with_gradients(inputs, blocks, "cpu")
+    unread = inputs.layout.page_table[0, 1:14].long()
+    hidden = {name: getattr(inputs, name).index_fill(0, unread, float("nan")) for name in ("k", "v")}
+    got = with_gradients(replace(inputs, **hidden), blocks, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @each_backend
 @each_case
 def test_physical_places_of_pages_do_not_matter(case: Case, backend: str):

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import resource
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,18 +81,59 @@ def test_shards_hold_the_same_model_and_replace_a_single_file(config, model, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_write_that_fails_leaves_the_old_folder_whole(config, model, tmp_path, monkeypatch):
+@contextmanager
+def disk_for(size):
+    """No file may grow beyond `size` bytes: the system refuses the write, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 10_000], ids=["nothing fits", "the first shard fits"])
+def test_a_write_that_fails_leaves_the_old_folder_whole(config, model, tmp_path, size):
     lm = model(config("m3"))
     lm.save_pretrained(tmp_path / "m")
+    with (
+        disk_for(size),
+        pytest.raises(CheckpointError, match="a folder that can be written is needed, got") as error,
+    ):
+        model(config("m3"), seed=1).save_pretrained(tmp_path / "m", max_shard_bytes=15_000)
+    assert "\n" not in str(error.value)
+    assert same(lm, CausalLM.from_pretrained(tmp_path / "m"))
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
-    def full_disk(*_args):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr("longforge.model.safetensors_files.save_file", full_disk)
-    with pytest.raises(CheckpointError, match="a folder that can be written is needed, got No space left"):
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(config, model, tmp_path, monkeypatch):
+    lm = model(config("m3"))
+    lm.save_pretrained(tmp_path / "m")
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.suffix == ".new":
+            raise OSError("Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(CheckpointError, match="got Device or resource busy"):
         model(config("m3"), seed=1).save_pretrained(tmp_path / "m")
     assert same(lm, CausalLM.from_pretrained(tmp_path / "m"))
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_else_an_older_folder_holds_stays_and_a_link_is_followed(config, model, tmp_path):
+    lm = model(config("m3"))
+    (tmp_path / "m" / "notes").mkdir(parents=True)
+    (tmp_path / "m" / "notes" / "a.txt").write_text("kept")
+    (tmp_path / "m" / "alias").symlink_to("notes")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    lm.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "m" / "alias").is_symlink()
+    assert (tmp_path / "m" / "alias" / "a.txt").read_text() == "kept"
+    assert same(lm, CausalLM.from_pretrained(tmp_path / "m"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "m"] and (tmp_path / "link").is_symlink()
 
 
 def test_half_precision_on_disk_and_in_memory(config, model, tmp_path):
@@ -195,6 +239,10 @@ def lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def odd_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": "c"}}')
+
+
 def wrong_index(folder):
     index = {"weight_map": {"language_model.nose.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -230,6 +278,7 @@ FP8 = torch.zeros(32).to(torch.float8_e4m3fn)
         (with_tensor(NORM, FP8), f"{NORM}_scale_inv is needed for {NORM} in torch.float8_e4m3fn"),
         (lost_shard, "model-00001-of-00002.safetensors: this shard is needed by the index, and is missing"),
         (wrong_index, "tensor language_model.nose.weight is needed by the index, and is missing"),
+        (odd_index, "model.safetensors.index.json: a weight_map object is needed, and is missing"),
     ],
 )
 def test_a_broken_folder_is_named_in_one_line(config, model, tmp_path, change, message):
@@ -254,4 +303,8 @@ def test_a_folder_that_is_not_there_and_a_wrong_value_name_the_path(config, mode
     raw["text_config"]["num_key_value_heads"] = 2
     (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="quant_method fp8 or none is needed, got gptq"):
+        CausalLM.from_pretrained(tmp_path / "m")
+    raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": 128}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"weight_block_size \[rows, columns\] is needed, got 128"):
         CausalLM.from_pretrained(tmp_path / "m")

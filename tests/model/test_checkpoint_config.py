@@ -181,6 +181,14 @@ def test_rotary_width_follows_the_partial_factor_as_transformers_does():
     assert read_config(flat).rope_theta == 10000.0
 
 
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(44, 30), (88, 60), (96, 34)])
+def test_the_written_factor_gives_the_rotary_width_back(config, head_dim, rotary_dim):
+    ours = config("m3", head_dim=head_dim, rotary_dim=rotary_dim, index_dim=rotary_dim)
+    text = write_config(ours)["text_config"]
+    assert int(head_dim * text["partial_rotary_factor"]) == rotary_dim
+    assert read_config(write_config(ours)).rotary_dim == rotary_dim
+
+
 def test_several_end_tokens_are_kept_and_the_first_counts():
     raw = RELEASED_M2 | {"eos_token_id": [200020, 5]}
     config = read_config(raw)
@@ -250,6 +258,20 @@ SPARSE = "text_config.sparse_attention_config."
         (RELEASED_M2, "shared_intermediate_size", 8, "shared_intermediate_size: 0 is needed, got 8"),
         (RELEASED_M2, "sliding_window", 4096, "sliding_window: None is needed, got 4096"),
         (RELEASED_M2, "hidden_size", "3072", "a number is needed for hidden_size, got '3072'"),
+        (RELEASED_M2, "hidden_size", 3072.5, "hidden_size: a positive whole number is needed, got 3072.5"),
+        (RELEASED_M2, "attn_type_list", 1, "values of the kinds in the released files are needed, got"),
+        (
+            RELEASED_M3,
+            "text_config.num_hidden_layers",
+            None,
+            "a whole number is needed for num_hidden_layers",
+        ),
+        (
+            RELEASED_M3,
+            SPARSE + "sparse_topk_blocks",
+            "16",
+            "a whole number is needed for sparse_topk_blocks, got '16'",
+        ),
         (RELEASED_M2, "architectures", ["LlamaForCausalLM"], "architecture MiniMaxM2ForCausalLM, "),
         (RELEASED_M2, "rope_scaling", {"rope_type": "yarn"}, "rope_type: default is needed, got yarn"),
         (RELEASED_M2, "longforge", {"pages": 4}, "longforge: an object with block_size is needed"),

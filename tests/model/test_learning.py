@@ -96,6 +96,16 @@ def test_the_bias_chooses_and_does_not_weigh(config, model):
     torch.testing.assert_close(weights, 2.0 * chosen / chosen.sum(-1, keepdim=True))
 
 
+def test_autocast_does_not_reach_the_router(config, model):
+    router = model(config("m3")).routers()[0]
+    x = torch.randn(200, 32)
+    plain = router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = router(x)
+    assert cast.weights.dtype == torch.float32
+    assert torch.equal(cast.ids, plain.ids) and torch.equal(cast.weights, plain.weights)
+
+
 def test_the_bias_survives_a_change_of_dtype(config, model):
     lm = model(config("m3"))
     exact = lm.routers()[0].e_score_correction_bias.clone()

@@ -155,6 +155,12 @@ def test_a_port_in_use_is_named_in_one_line():
             bind("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["é..b", "192.0.2.7"])
+def test_a_host_that_is_none_is_one_line(host: str):
+    with pytest.raises(InputError, match=f"cannot listen on {host} port 0"):
+        bind(host, 0)
+
+
 class BrokenEngine(Engine):
     """Fails as a bug would."""
 

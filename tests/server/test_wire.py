@@ -3,10 +3,15 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from longforge.chat import render
+from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
+from longforge.server.invalid import describe_invalid
 from longforge.server.replies import sse
 from longforge.server.wire import ChatMessage, Tool, message_body, to_messages, to_tools, tool_body
 from small_server import HTTP
@@ -45,6 +50,33 @@ def test_tools_survive_the_way_out_and_back():
         ToolSpec("x"),
     )
     assert to_tools([Tool.model_validate(tool_body(tool)) for tool in tools]) == tools
+
+
+@pytest.mark.parametrize("levels", [101, 900, 100_000])
+def test_arguments_nested_too_deeply_are_refused_by_name(levels: int):
+    arguments = '{"a":' * levels + "1" + "}" * levels
+    call = {"id": "c1", "function": {"name": "grep", "arguments": arguments}}
+    message = ChatMessage.model_validate({"role": "assistant", "tool_calls": [call]})
+    with pytest.raises(InputError, match=r"messages\[0\].*'grep'.*at most 100 levels"):
+        to_messages([message])
+
+
+def test_arguments_as_deep_as_allowed_reach_the_prompt():
+    call = {"id": "c1", "function": {"name": "grep", "arguments": '{"a":' * 100 + "1" + "}" * 100}}
+    message = ChatMessage.model_validate({"role": "assistant", "tool_calls": [call]})
+    for family in ("m2", "m3"):
+        assert "grep" in render([Message("user", "q"), *to_messages([message])], family=family)
+
+
+def test_a_schema_nested_too_deeply_is_refused_by_name():
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"items": schema}
+    with pytest.raises(ValidationError) as caught:
+        Tool.model_validate({"type": "function", "function": {"name": "grep", "parameters": schema}})
+    message, field = describe_invalid(caught.value.errors())
+    assert message.startswith("function.parameters: expected a JSON schema of at most 100 levels")
+    assert field == "function"
 
 
 def test_an_event_is_one_line_of_utf8():

@@ -167,7 +167,9 @@ def test_a_stream_goes_on_where_its_state_was_taken():
 
 def test_a_sample_over_the_budget_gets_a_batch_of_its_own():
     stream = BatchStream({"a": (Numbers(), 1.0)}, tokens=3, block_size=4, seed=0)
-    assert all(stream.next().layout.page_table.shape[0] >= 1 for _ in range(8))
+    batches = [stream.next() for _ in range(8)]
+    assert [batch.ids.numel() for batch in batches] == [1, 8, 4, 11, 7, 3, 10, 6]
+    assert all(batch.layout.page_table.shape[0] == 1 for batch in batches)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,10 @@ def test_a_sample_over_the_budget_gets_a_batch_of_its_own():
         ("[schedule]\nstep = 3", "schedule.step"),
         ("[schedule]\nsteps = 'many'", "schedule.steps"),
         ("[data", "not valid TOML"),
+        ("[schedule]\nlog_every = 0", "schedule.log_every"),
+        ("[schedule]\nmtp_share = 1.5", "schedule.mtp_share"),
+        ("[data]\nbackground_rows = 0.0", "data.background_rows"),
+        ("[optimiser]\nclip = -1.0", "optimiser.clip"),
     ],
 )
 def test_a_wrong_config_gets_one_line_that_names_the_key(tmp_path, text, said):

@@ -72,6 +72,34 @@ def test_a_folder_of_another_configuration_is_refused(config, tmp_path):
         pretrain(plan, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("vocab_size = 400", "vocab_size = 3", "vocab_size"),
+        ("vocab_size = 400", "vocab_size = 400\nmodel = 'macro'", "model: expected one of m2"),
+        ('held_out = "talk.jsonl"', 'held_out = "nowhere.jsonl"', "nowhere.jsonl"),
+    ],
+)
+def test_after_a_mended_mistake_the_folder_is_still_free(config, tmp_path, right, wrong, said):
+    config.write_text(CONFIG.replace(right, wrong))
+    with pytest.raises((ConfigError, InputError), match=said):
+        pretrain(load_config(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunError, match=r"run: a folder that can be written is needed, got") as error:
+        pretrain(load_config(config), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_named(config, tmp_path):
+    with pytest.raises(InputError, match="device: one that torch can use here is needed, got banana"):
+        pretrain(load_config(config), tmp_path / "run", device="banana")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_config_without_data_is_refused(tmp_path):
     (tmp_path / "run.toml").write_text("[schedule]\nsteps = 3")
     with pytest.raises(ConfigError, match="conversations"):

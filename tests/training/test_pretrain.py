@@ -1,11 +1,15 @@
 """The run as a whole, on a model of a few thousand weights."""
 
+import dataclasses
 import json
 import os
+import resource
 import signal
 
+import pytest
 import torch
 
+from longforge.errors import RunError
 from longforge.model.causal_lm import CausalLM
 from longforge.training.config import OptimiserConfig, PretrainConfig, ScheduleConfig
 from longforge.training.data import BatchStream
@@ -88,15 +92,41 @@ def test_detached_mtp_leaves_the_main_model_as_it_would_be_without(tmp_path):
 
 
 def test_joint_mtp_reaches_the_main_model(tmp_path):
-    runs = [
-        trainer(tmp_path / name, config(mtp_share=share, mtp_detached_share=0.0))
-        for name, share in (("with", 1.0), ("without", 0.0))
-    ]
-    for run in runs:
-        for _ in range(3):
-            run.step()
-    a, b = (run.model.model.embed_tokens.weight for run in runs)
+    runs = []
+    for name, share in (("with", 1.0), ("without", 0.0)):
+        plan = config(mtp_share=share, mtp_detached_share=0.0)
+        # No clipping, and one step: the shared table alone may not be what makes the difference.
+        plan = dataclasses.replace(plan, optimiser=OptimiserConfig(bf16=False, clip=1e9))
+        runs.append(trainer(tmp_path / name, plan))
+        runs[-1].step()
+    a, b = (run.model.model.layers[0].self_attn.qkv_proj.weight for run in runs)
     assert not torch.equal(a, b)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    run = trainer(tmp_path, config())
+    run.step()
+    run.save()
+    run.step()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as on a full disk
+    try:
+        with pytest.raises(RunError, match="state-0000002: a folder that can be written is needed, got"):
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state-0000001"]
+    again = trainer(tmp_path, config())
+    assert again.resume() and again.done == 1
+
+
+@pytest.mark.parametrize("broken", ["model.norm.weight", "mtp.0.final_layernorm.weight"])
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, broken):
+    run = trainer(tmp_path, config(mtp_share=1.0))
+    torch.nn.init.constant_(run.model.get_parameter(broken), float("nan"))
+    with pytest.raises(RunError, match="step 1: expected a finite loss, got") as error:
+        run.step()
+    assert "\n" not in str(error.value)
 
 
 class Clock:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from longforge.chat.schema import Schema
+from longforge.chat.schema import MAX_NESTING, Schema, too_deep
 from longforge.chat.tokens import Family
 from longforge.protocol import ToolCall
 
@@ -66,6 +66,8 @@ class CallReader:
                 raise Malformed
             name = match[1]
         parent = self._path[-1]
+        if len(self._path) > MAX_NESTING:
+            raise Malformed
         if parent.text.strip() or (name != "item" and any(child.name == name for child in parent.children)):
             raise Malformed
         node = _Node(name)
@@ -84,6 +86,8 @@ class CallReader:
             raise Malformed
         read = _m2_value if self._family == "m2" else _m3_value
         arguments = {node.name: read(node, self._schema.property(node.name)) for node in self._root.children}
+        if too_deep(arguments):
+            raise Malformed
         return ToolCall(self._name, arguments)
 
 

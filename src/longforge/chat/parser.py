@@ -10,6 +10,7 @@ Rules beyond the released formats (choices):
 - Inside thinking only the closing tag means something.
 - A call counts when all its arguments are closed and its own end, the next call or the end of the block
   follows. A call cut off by the end of the text is content: half its arguments may be missing.
+- Arguments nested deeper than `schema.MAX_NESTING` levels are no call.
 - Closing tags of nothing between calls or arguments are dropped, and so is whitespace after a block of calls.
 """
 

@@ -8,10 +8,13 @@ is wrong.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["Schema"]
+__all__ = ["MAX_NESTING", "Schema", "too_deep"]
+
+MAX_NESTING = 100
+"""Levels of lists and objects that a call's arguments may have: what reads and writes them is recursive."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -67,6 +70,20 @@ class Schema:
     def _first(self, key: str) -> "Schema":
         variants = _variants(self._schema, self._root, frozenset())
         return Schema(next((v[key] for v in variants if isinstance(v.get(key), dict)), {}), self._root)
+
+
+def too_deep(value: Any) -> bool:
+    """Whether a JSON value has more than MAX_NESTING levels of lists and objects."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [inner for outer in level for inner in _members(outer)]
+    return any(isinstance(inner, dict | list) for inner in level)
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _variants(schema: Any, root: Any, seen: frozenset[str]) -> Iterator[dict[str, Any]]:

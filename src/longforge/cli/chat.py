@@ -98,13 +98,16 @@ class _Conversation:
         while (line := self._read("> ")) is not None:
             if line.strip() == "/reset":
                 self._messages = list(self._start)
-            elif line.strip():
-                self._turn(line)
+            elif line.strip() and not self._turn(line):
+                break
         if self._interactive:
             self._console.print()
 
-    def _turn(self, line: str) -> None:
-        """One turn: the answer, and as long as it calls tools, their results and the next answer."""
+    def _turn(self, line: str) -> bool:
+        """One turn: the answer, and as long as it calls tools, their results and the next answer.
+
+        False when the input ended before a result.
+        """
         before = len(self._messages)
         self._messages.append({"role": "user", "content": line})
         while True:
@@ -115,13 +118,15 @@ class _Conversation:
                     raise
                 self._console.print(f"{error}", style="red")
                 del self._messages[before:]
-                return
+                return True
             self._messages.append(answer)
             if not answer.get("tool_calls"):
-                return
+                return True
             for call in answer["tool_calls"]:
                 result = self._read(f"{call['function']['name']} returns> ")
-                self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": result or ""})
+                if result is None:
+                    return False
+                self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
     def _answer(self) -> dict[str, Any]:
         """Streams the next answer to the screen and returns it as a message."""
@@ -142,17 +147,25 @@ class _Conversation:
 
     def _read(self, prompt: str) -> str | None:
         try:
-            return input(prompt if self._interactive else "")
+            line = input(prompt if self._interactive else "")
+            line.encode()  # where the locale let other bytes through
         except EOFError:
             return None
+        except UnicodeError:
+            raise InputError("input: expected UTF-8 text, got other bytes") from None
+        return line
 
     def _served_model(self, base: str) -> str:
         import openai
 
         try:
             return self._client.models.list().data[0].id
-        except (openai.APIError, IndexError) as error:
-            raise InputError(f"{base}: expected a model server, got none ({error})") from None
+        except openai.APIError as error:
+            reason = str(error)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            # A reply of another kind passes through the client as it is.
+            reason = "what answers gives no list of models"
+        raise InputError(f"{base}: expected a model server, got none ({reason})")
 
 
 class _Shown:

@@ -54,7 +54,9 @@ def _quiet_idle_threads() -> None:
 
 
 def _stopped(path: Path) -> None:
-    print(f"longforge: stopped; go on with: longforge forge resume {path}", file=sys.stderr)
+    # As it was typed: `make demo` runs a command that need not be on the PATH.
+    command = f"{sys.executable} -m longforge.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
+    print(f"longforge: stopped; go on with: {command} forge resume {path}", file=sys.stderr)
     raise typer.Exit(130)
 
 

@@ -14,8 +14,8 @@ from longforge.errors import RunError
 
 __all__ = ["AgentProgram", "AgentReply", "Agents", "HostedAgents"]
 
-LINE_LIMIT = 1 << 24
-"""Bytes of one line of an agent's output; a longer one is a failure."""
+OUTPUT_LIMIT = 1 << 24
+"""Bytes of an agent program's output, and of one line of a host's; more is a failure."""
 
 OUTCOMES = ("answered", "gave_up", "failed", "deadline")
 
@@ -61,9 +61,10 @@ class AgentProgram:
         environment = os.environ | {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": key}
         process = await _spawn(self._command, self._log, environment)
         try:
-            output, _ = await process.communicate(json.dumps(task).encode() + b"\n")
-        except ValueError:  # a line over the limit
-            return AgentReply(None, "failed", "agent: its output is too long")
+            output = await _converse(process, json.dumps(task).encode() + b"\n")
+            if len(output) > OUTPUT_LIMIT:
+                return AgentReply(None, "failed", f"agent: more than {OUTPUT_LIMIT} bytes of output")
+            await process.wait()
         finally:
             await _end(process)
         return _reply_of_output(output, process.returncode)
@@ -121,14 +122,19 @@ class HostedAgents:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            body = json.loads(line)
-            future = self._waiting.get(body["id"])
-            if future is not None and not future.done():
-                future.set_result(_reply_of_host(body))
+        try:
+            while line := await process.stdout.readline():
+                body = json.loads(line)
+                future = self._waiting.get(body["id"])
+                if future is not None and not future.done():
+                    future.set_result(_reply_of_host(body))
+            problem = "it ended"
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"it wrote what is no result ({type(error).__name__})"
+            await _end(process)  # nobody reads it any more; later tasks are told that it is not running
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(RunError(f"agent host: it ended; see {self._log}"))
+                future.set_exception(RunError(f"agent host: {problem}; see {self._log}"))
 
 
 async def _spawn(
@@ -144,10 +150,23 @@ async def _spawn(
                 stderr=errors,
                 env=environment,
                 start_new_session=True,
-                limit=LINE_LIMIT,
+                limit=OUTPUT_LIMIT,
             )
         except OSError as error:
             raise RunError(f"agent {command[0]!r}: it cannot be started ({error.strerror})") from error
+
+
+async def _converse(process: asyncio.subprocess.Process, line: bytes) -> bytes:
+    """Gives a child its one line; returns what it printed, or the first bytes of it if they are too many."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(ConnectionError):  # it may not care for its task
+        process.stdin.write(line)
+        await process.stdin.drain()
+    process.stdin.close()
+    output = b""
+    while len(output) <= OUTPUT_LIMIT and (more := await process.stdout.read(1 << 16)):
+        output += more
+    return output
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -54,7 +54,10 @@ class HttpServer:
         self._loop = loop
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+        # Clients keep an idle connection for 5 s; a server that ended it just then would fail a request.
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=60
+        )
         self._server = uvicorn.Server(config)
         self._done = loop.start(self._server.serve(sockets=[self._socket]))
 

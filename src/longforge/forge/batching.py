@@ -7,8 +7,9 @@ advantage is zero are not computed, and their tokens still count in the mean.
 
 Calls of an episode begin with the calls before them, and episodes of a group with the same question. In a
 micro-batch, whole pages of such common beginnings are computed once: samples are sorted by their ids, which
-puts each behind the one that it shares most with, and reads that one's pages. The loss and its gradient are
-the same; only edges that meet in one row add up there.
+puts each behind the one that it shares most with, and reads that one's pages. CISPO and its gradient are
+the same; edges that meet in one row add up there. The index loss and the routers' loads count a shared token
+once.
 """
 
 from collections.abc import Iterator, Sequence

@@ -71,11 +71,10 @@ def cispo_loss(
 ) -> tuple[Tensor, CispoStats]:
     """Minus J over the given edges, and what happened in it.
 
-    scored: [E] log-probabilities that carry the gradient, where they are not `logprobs`: those of the
-    tempered policy that sampled, while the ratio stays that of the recorded, untempered ones.
-
-    logprobs, old_logprobs, advantages, weights: [E]. The gradient reaches `logprobs` only. Sums over
-    micro-batches that use one normaliser in `weights` equal the loss of the whole batch.
+    logprobs, old_logprobs, advantages, weights: [E]. Sums over micro-batches that use one normaliser in
+    `weights` equal the loss of the whole batch. scored: [E] log-probabilities that carry the gradient where
+    `logprobs` do not: those of the tempered policy that sampled, while the ratio stays that of the recorded,
+    untempered ones.
     """
     with torch.no_grad():
         gap = logprobs - old_logprobs

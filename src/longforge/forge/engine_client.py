@@ -12,10 +12,18 @@ import httpx
 
 from longforge.errors import EngineError
 
-__all__ = ["Completion", "EngineClient", "healthy", "load_weights"]
+__all__ = ["Completion", "EngineClient", "EngineGone", "healthy", "load_weights"]
 
 REQUEST_SECONDS = 600.0
 """An answer may wait behind a full engine; the episode's own deadline is what ends it."""
+
+
+KEEP_ALIVE_SECONDS = 2.0
+"""An idle connection is given up before the server does, which is after 5 s."""
+
+
+class EngineGone(EngineError):
+    """The engine did not answer at all: not the doing of the request or of the agent behind it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,11 @@ class EngineClient:
         self.version = 0
         """Version to note for tokens of an engine that does not tell one."""
         self._model = model
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        limits = httpx.Limits(
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=KEEP_ALIVE_SECONDS,
+        )
         self._http = httpx.AsyncClient(
             base_url=base_url,
             limits=limits,
@@ -63,7 +75,7 @@ class EngineClient:
     ) -> Completion:
         """Samples one answer to a prompt of token ids.
 
-        sampling: temperature, top_p, top_k. Errors: EngineError with the engine's own words.
+        sampling: temperature, top_p, top_k. Errors: EngineError with the engine's own words; EngineGone.
         """
         body = {
             "model": self._model,
@@ -78,7 +90,7 @@ class EngineClient:
         try:
             response = await self._http.post("/v1/completions", json=body)
         except httpx.HTTPError as error:
-            raise EngineError(f"engine: no answer to a completion ({type(error).__name__})") from error
+            raise EngineGone(f"engine: no answer to a completion ({type(error).__name__})") from error
         if response.status_code != 200:
             raise EngineError(f"engine: {_message(response)}")
         return self._completion(response.json()["choices"][0])

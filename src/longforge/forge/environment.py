@@ -51,6 +51,10 @@ class Environment(Protocol):
         """The agents of a run: the configuration's program, or the environment's own."""
         ...
 
+    def check(self) -> None:
+        """Raises a LongforgeError if agents cannot act any more, through no fault of theirs."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -99,6 +103,9 @@ class CodeSearch:
         if self._agent.command:
             return AgentProgram(self._agent.command, log)
         return HostedAgents(self.HOST, log, deadline=self._agent.deadline)
+
+    def check(self) -> None:
+        self._sandbox.check()
 
     def close(self) -> None:
         self._sandbox.close()

@@ -10,7 +10,7 @@ from longforge.forge.run_folder import RunFolder
 from longforge.forge.stats import wilson
 from longforge.protocol import Episode
 
-__all__ = ["evaluation_result", "readable_episode", "write_missing_episodes"]
+__all__ = ["SUCCESS", "evaluation_result", "readable_episode", "write_missing_episodes"]
 
 SUCCESS = 1.0
 """Reward from which an episode counts as a success."""
@@ -35,7 +35,7 @@ def evaluation_result(
 def readable_episode(episode: Episode, environment: Environment, *, phase: str, step: int) -> dict[str, Any]:
     """An episode with everything a person wants to know of it: plain JSON.
 
-    step: training steps that were done when its group was submitted.
+    step: training steps that had taken their groups when its own was submitted.
     """
     return {
         "id": episode.episode_id,
@@ -55,14 +55,18 @@ def write_missing_episodes(
 ) -> None:
     """Writes the readable form of ended episodes that a killed process had no time for.
 
+    Of a group that was cut off, those that had ended.
+
     sizes: episodes per group, for each phase.
     """
     for phase, size in sizes.items():
         for row in pool.groups(phase):
             names = [f"{row.group_id}/{i}" for i in range(size)]
-            if row.status == "running" or all(map(folder.has_episode, names)):
+            if all(map(folder.has_episode, names)):
                 continue
             for episode in pool.group(row.group_id).episodes:
+                if episode.reward is None or folder.has_episode(episode.episode_id):
+                    continue
                 readable = readable_episode(episode, environment, phase=phase, step=row.step)
                 folder.write_episode(episode.episode_id, readable)
 

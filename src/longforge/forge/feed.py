@@ -32,7 +32,11 @@ class FeedCounts:
     filtered: int = 0
     """Groups that left without training, having no signal."""
     ages: list[int] = field(default_factory=list)
-    """Training steps between submission and training, of groups trained on."""
+    """Of groups trained on: steps that took their groups between its submission and its own.
+
+    At most `RolloutConfig.age_bound`. Tokens may be one version older, since a group that is submitted while
+    a step is at work begins under the weights before it.
+    """
 
 
 def group_name(phase: str, sequence: int) -> str:
@@ -43,9 +47,9 @@ def group_name(phase: str, sequence: int) -> str:
 class Feed:
     """Submits training groups while slots are free and pulls finished ones.
 
-    first_step: training steps done when the feed starts. submit: called with (group, step) for a new group;
-    resume: called with an episode that the pool knows and that must run again. tasks: gives training tasks
-    from a number on.
+    first_step: training steps done when the feed starts. submit: called with (group, step) for a new group,
+    where `step` is the next step to take its groups; resume: called with an episode that the pool knows and
+    that must run again. tasks: gives training tasks from a number on.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Feed:
         self._counts = FeedCounts()
         self._kept = self._filtered = 0
         self._next_step = first_step
+        while pool.batch(self._next_step):  # steps that a crash undid take the same groups again
+            self._next_step += 1
         self._dry_spell = 0
         rows = pool.groups(TRAIN)
         self._submitted_at = {row.sequence: row.step for row in rows}
@@ -79,7 +85,7 @@ class Feed:
             resume(episode)
 
     def step_of(self, group_id: str) -> int:
-        """Training steps that were done when the group was submitted."""
+        """The training step that was the next to take its groups when the group was submitted."""
         return self._submitted_at[_sequence(group_id)]
 
     @property
@@ -98,15 +104,15 @@ class Feed:
         self._fifo.complete(sequence)
         self._settle(sequence)
 
-    def fill(self, step: int) -> None:
-        """Submits groups while slots are free and steps are left to use them. step: training steps done."""
+    def fill(self) -> None:
+        """Submits groups while slots are free and steps are left to use them."""
         while self._fifo.free_slots and len(self._fifo.outstanding) < self._wanted():
             sequence = self._fifo.submit()
             name = group_name(TRAIN, sequence)
             task = next(self._tasks)
             episodes = [Episode(f"{name}/{i}", name, task) for i in range(self._config.group_size)]
-            self._submitted_at[sequence] = step
-            self._submit(Group(name, sequence, tuple(episodes)), step)
+            self._submitted_at[sequence] = self._next_step
+            self._submit(Group(name, sequence, tuple(episodes)), self._next_step)
 
     def batch(self, step: int) -> list[Group]:
         """Groups of training step `step`, or none yet. The taking is in the pool when this returns.
@@ -120,7 +126,7 @@ class Feed:
                 return []
             taken = tuple(group_name(TRAIN, sequence) for sequence in pulled)
             self._pool.consume(step, taken)
-        self._next_step = step + 1
+        self._next_step = max(self._next_step, step + 1)
         groups = [self._pool.group(group_id) for group_id in taken]
         for group in groups:
             self._counts.ages.append(step - self._submitted_at[group.sequence])

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from longforge.chat import Family, ThinkingMode, Tokenizer, encode_prompt, starts_in_thinking
 from longforge.chat.parser import parse
 from longforge.errors import ContextOverflow, EngineError, InputError
-from longforge.forge.engine_client import Completion, EngineClient
+from longforge.forge.engine_client import Completion, EngineClient, EngineGone
 from longforge.forge.pool import Pool
 from longforge.protocol import Call, Message, StopReason
 from longforge.server.invalid import describe_invalid
@@ -124,6 +124,8 @@ class Gateway:
         self._lock = threading.Lock()
         self.sampled_tokens = 0
         """Tokens sampled so far, for the tokens-per-second figure."""
+        self.engine_gone: EngineGone | None = None
+        """Set when the engine is not there any more; what agents do after that says nothing of them."""
         self.app = FastAPI(openapi_url=None)
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
         self.app.add_api_route("/v1/models", self._models, methods=["GET"])
@@ -239,6 +241,8 @@ class Gateway:
                 **policy.sampling(chat),
             )
         except EngineError as error:
+            if isinstance(error, EngineGone):
+                self.engine_gone = error
             raise _Refused(502, str(error)) from error
 
     def _message(self, call: Call, chat: ChatRequest, thinking: ThinkingMode) -> Message:

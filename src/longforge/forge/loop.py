@@ -27,7 +27,7 @@ from longforge.forge.interrupts import Interrupted, StopFlag
 from longforge.forge.parts import Parts, Source, build_parts, load_source
 from longforge.forge.report import write_report
 from longforge.forge.rollout import EpisodeEnd
-from longforge.forge.run_folder import RunFolder
+from longforge.forge.run_folder import RunFolder, full_disk_told
 from longforge.forge.summary import build_summary
 from longforge.observe import MetricsLog, Progress
 from longforge.protocol import Episode, Group
@@ -46,15 +46,16 @@ def start_run(
     """A new run in `out`. Returns its summary.
 
     load: gives model, tokenizer and environment; the configuration's by default. Errors: Interrupted (the
-    run can go on); a LongforgeError about the configuration, the model, the environment or the folder
-    before anything is written or removed.
+    run can go on); a LongforgeError about the configuration, the model, the environment or the folder, or
+    KeyboardInterrupt, before anything is written or removed.
     """
     RunFolder.check_place(out, replace=replace)
     began = time.monotonic()
-    with ExitStack() as stack:
+    with full_disk_told(out), ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         source = load(config, stack)
-        stop.check()
+        if stop.requested:
+            raise KeyboardInterrupt  # there is no run yet that could go on
         folder = RunFolder.create(out, config, replace=replace)
         stack.callback(folder.close)
         folder.state.phase_seconds["start"] = time.monotonic() - began
@@ -67,7 +68,7 @@ def resume_run(path: Path, *, load: Load = load_source) -> dict[str, Any]:
     Of a finished run, only the report is made again.
     """
     began = time.monotonic()
-    with ExitStack() as stack:
+    with full_disk_told(path), ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         folder = RunFolder.open(path)
         stack.callback(folder.close)
@@ -89,6 +90,7 @@ class _Conductor:
         self._clock = RunClock(folder.state, folder.config.max_seconds, began)
         self._parts: Parts
         self._feed: Feed | None = None
+        self._saved_step: int | None = None
 
     def run(self, source: Source) -> dict[str, Any]:
         """Everything that is left to do."""
@@ -96,10 +98,12 @@ class _Conductor:
         try:
             with self._clock.phase("start"):
                 self._parts = build_parts(self._folder, source, stack, self._stop)
+            self._saved_step = self._parts.trainer.step or None  # a later step than 0 was loaded
             self._work()
         except Interrupted:
             if hasattr(self, "_parts"):
-                self._checkpoint()
+                if not self._state.training_done:
+                    self._checkpoint()
                 self._summarise(finished=False)
             raise
         finally:
@@ -178,7 +182,10 @@ class _Conductor:
                 row |= {"step_seconds": seconds, "rollout_tokens": tokens}
                 row |= {"rollout_tokens_per_second": tokens / seconds, "run_seconds": self._clock.spent}
                 metrics.write(parts.trainer.step, row)
-                self._clock.add_step(seconds)
+                # After its row: a step that is in the checkpoint is not done again, and would have none.
+                if parts.trainer.step % config.trainer.checkpoint_every == 0:
+                    self._checkpoint()
+                self._clock.add_step(time.monotonic() - began)
                 bar.advance(1, note=f"reward {row['reward']:.2f}, staleness {row['staleness_mean']:.1f}")
         self._finish_training()
 
@@ -187,7 +194,7 @@ class _Conductor:
         step = self._parts.trainer.step
         with self._clock.phase("wait_for_rollouts"):
             while self._clock.step_fits():
-                self._tend(feed, step)
+                self._tend(feed)
                 groups = feed.batch(step)
                 if groups:
                     return groups
@@ -196,20 +203,17 @@ class _Conductor:
                         "train: stopped early, since all of a group's rewards are equal of late"
                     )
                     return []
-                self._tend(feed, step, WAIT_SECONDS)
+                self._tend(feed, WAIT_SECONDS)
         self._progress.say("train: stopped early, so that the last evaluation fits max_seconds")
         return []
 
     def _step(self, feed: Feed, groups: list[Group]) -> dict[str, Any]:
-        """Trains, publishes, saves; returns the step's metrics."""
+        """Trains and publishes; returns the step's metrics."""
         parts = self._parts
         with self._clock.phase("train"):
-            step = parts.trainer.step
-            metrics: dict[str, Any] = parts.trainer.train(groups, between=lambda: self._tend(feed, step))
+            metrics: dict[str, Any] = parts.trainer.train(groups, between=lambda: self._tend(feed))
         with self._clock.phase("publish"):
             parts.publisher.publish(parts.trainer.model, parts.trainer.step)
-        if parts.trainer.step % self._config.trainer.checkpoint_every == 0:
-            self._checkpoint()
         counts = feed.take_counts()
         rewards = [episode.reward or 0.0 for group in groups for episode in group.episodes]
         return {
@@ -221,12 +225,12 @@ class _Conductor:
             **metrics,
         }
 
-    def _tend(self, feed: Feed, step: int, seconds: float = 0.0) -> None:
+    def _tend(self, feed: Feed, seconds: float = 0.0) -> None:
         """Looks after the rollouts for at most `seconds`: episodes that ended, slots that are free."""
         for end in self._ends(seconds):
             if end.phase == TRAIN and end.group_completed:
                 feed.completed(end.episode.group_id)
-        feed.fill(step)
+        feed.fill()
 
     def _ends(self, seconds: float) -> Iterator[EpisodeEnd]:
         """Episodes that have ended, written down for people; waits up to `seconds` for the first.
@@ -258,8 +262,11 @@ class _Conductor:
         self._save_state()
 
     def _checkpoint(self) -> None:
-        with self._clock.phase("checkpoint"):
-            self._parts.trainer.save(self._folder.checkpoint)
+        trainer = self._parts.trainer
+        if trainer.step != self._saved_step:
+            with self._clock.phase("checkpoint"):
+                trainer.save(self._folder.checkpoint)
+            self._saved_step = trainer.step
         self._save_state()
 
     def _summarise(self, *, finished: bool) -> None:

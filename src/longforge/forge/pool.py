@@ -33,7 +33,7 @@ class GroupRow:
     status: str
     """running (an episode has not ended), completed, consumed (trained on) or filtered (no signal)."""
     step: int
-    """Training step at which the group was submitted."""
+    """Training step that was the next to take its groups when this one was submitted."""
 
 
 @dataclass(frozen=True)

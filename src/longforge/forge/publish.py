@@ -42,6 +42,9 @@ class Publisher:
         self._activate(target, version)
         for found in self._folder.iterdir():
             number = _NAME.fullmatch(found.name)
-            if number and int(number[1]) <= version - KEPT_VERSIONS:
+            # A killed process leaves unfinished folders, under hidden names, and versions that the resumed
+            # run makes again.
+            kept = version - KEPT_VERSIONS < int(number[1]) <= version if number else found.name[0] != "."
+            if found.is_dir() and not kept:
                 shutil.rmtree(found)
         return target

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from longforge.errors import RunError
+from longforge.forge.evaluation import SUCCESS
 from longforge.forge.plots import plot_run
 from longforge.observe import read_metrics, write_text_atomic
 
@@ -54,7 +55,8 @@ def write_report(run: Path) -> Path:
         passport=json.dumps(summary["passport"], indent=1),
         config=(run / "config.toml").read_text(encoding="utf-8"),
     )
-    write_text_atomic(run / "report.html", page)
+    # Half a surrogate pair, which an agent may write, cannot be UTF-8.
+    write_text_atomic(run / "report.html", page.encode("utf-8", "replace").decode("utf-8"))
     return run / "report.html"
 
 
@@ -81,15 +83,15 @@ def _pairs(episodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     if before is None or after is None:
         return "alone"
-    if bool(before["reward"]) == bool(after["reward"]):
+    if before["right"] == after["right"]:
         return "same"
-    return "learnt" if after["reward"] else "lost"
+    return "learnt" if after["right"] else "lost"
 
 
 def _shown(episode: Mapping[str, Any]) -> dict[str, Any]:
     versions = sorted(set(episode.get("versions") or [])) or ["?"]
     return {
-        "reward": episode["reward"],
+        "right": (episode["reward"] or 0.0) >= SUCCESS,
         "outcome": episode["outcome"],
         "answer": episode["answer"],
         "expected": episode["expected"],

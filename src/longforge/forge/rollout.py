@@ -3,7 +3,8 @@
     submit(group) -> pool -> queue -> key -> agent -> answer -> reward -> pool -> told to the conductor
 
 Every episode ends: answered, gave_up, failed or deadline. The last two get reward 0 and are as good as any
-other for completing their group, so no episode can hold up its siblings.
+other for completing their group, so no episode can hold up its siblings. Where the engine, the tools or the
+agents' host are gone, the run breaks and the episode stays unfinished: it would say nothing of the policy.
 """
 
 import asyncio
@@ -110,6 +111,9 @@ class Rollouts:
             reply = AgentReply(None, "deadline", f"not back after {self._deadline:g} s")
         finally:
             seen = self._gateway.revoke(key)
+        if self._gateway.engine_gone is not None:
+            raise self._gateway.engine_gone
+        self._environment.check()
         reward = self._environment.score(episode.task, reply.answer)
         record = {
             **seen,

@@ -1,19 +1,27 @@
 """A run on disk: everything that explains it, and everything from which it goes on.
 
-    config.toml     resolved configuration              summary.json    results, complete or so far
-    state.json      what is done, for resuming          metrics.jsonl   one line per training step
-    (tensorboard/ too) pool.sqlite     groups, episodes, calls, batches    episodes/       every episode as
-    readable JSON checkpoint/     trainer's latest whole state        weights/        last two published
-    model folders *.log           what the children wrote             report.html, plot.png
+    config.toml     resolved configuration
+    state.json      what is done, for resuming
+    pool.sqlite     groups, episodes, calls, batches
+    checkpoint/     the trainer's latest whole state
+    weights/        last two published model folders
+    summary.json    results, complete or so far
+    metrics.jsonl   one line per training step; tensorboard/ has the same
+    episodes/       every episode as readable JSON
+    report.html     and plot.png
+    *.log           what the children wrote
 
 Single files appear whole (written beside their place, then renamed). One process uses a run at a time: it
 holds a lock that ends with it, however it ends.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +30,7 @@ from longforge.errors import RunError
 from longforge.forge.config import ForgeConfig, dump_config, load_config
 from longforge.observe import write_json_atomic, write_text_atomic
 
-__all__ = ["RunFolder", "RunState"]
+__all__ = ["RunFolder", "RunState", "full_disk_told"]
 
 LOCK = "run.lock"
 CONFIG = "config.toml"
@@ -56,9 +64,12 @@ class RunFolder:
     @staticmethod
     def check_place(path: Path, *, replace: bool) -> list[str]:
         """What `create` would remove. Errors: RunError where it would refuse (but for a run in use)."""
-        if path.exists() and not path.is_dir():
-            raise RunError(f"run folder {path}: expected a folder or nothing, found a file")
-        found = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+        try:
+            if path.exists() and not path.is_dir():
+                raise RunError(f"run folder {path}: expected a folder or nothing, found a file")
+            found = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+        except OSError as error:
+            raise RunError(f"run folder {path}: it cannot be read ({error.strerror})") from None
         if found and not replace:
             ways = f"name another one, add --replace, or continue it: longforge forge resume {path}"
             raise RunError(f"run folder {path}: expected a new or empty folder, found {found[0]}; {ways}")
@@ -73,14 +84,24 @@ class RunFolder:
         Errors: RunError where something else is there, or a process is using it. Then nothing is removed.
         """
         found = RunFolder.check_place(path, replace=replace)
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
-        for name in found:
-            _remove(path / name)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
+        except OSError as error:
+            raise RunError(f"run folder {path}: it cannot be made ({error.strerror})") from None
+        # Killed at any place, this leaves what is no run to resume (its state goes first and comes last) and
+        # what may be replaced (a configuration is always there).
         folder = RunFolder(path, config, RunState(), lock)
-        folder.episodes.mkdir()
-        write_text_atomic(path / CONFIG, dump_config(config))
-        folder.save_state()
+        try:
+            for name in sorted(found, key=lambda name: name != STATE):
+                if name != CONFIG:
+                    _remove(path / name)
+            write_text_atomic(path / CONFIG, dump_config(config))
+            folder.episodes.mkdir()
+            folder.save_state()
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     @staticmethod
@@ -135,7 +156,9 @@ class RunFolder:
         """One episode for people to read. Not forced to disk: the pool has it too."""
         file = self._episode_file(episode_id)
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(episode, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(episode, indent=1, ensure_ascii=False) + "\n"
+        # Half a surrogate pair, which an agent may write, cannot be UTF-8; its escape is JSON.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(file)
 
     def has_episode(self, episode_id: str) -> bool:
@@ -148,6 +171,18 @@ class RunFolder:
     def close(self) -> None:
         """Frees the lock."""
         self._lock.close()
+
+
+@contextmanager
+def full_disk_told(run: Path) -> Iterator[None]:
+    """Makes one line of a full disk. What the run had is whole: files are written beside their place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            ways = f"free some and go on with: longforge forge resume {run}"
+            raise RunError(f"run folder {run}: no space left on the disk; {ways}") from error
+        raise
 
 
 def _take_lock(path: Path) -> IO[str]:

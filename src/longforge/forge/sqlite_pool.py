@@ -14,7 +14,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 from longforge.errors import InputError, RunError
 from longforge.forge.pool import Finished, GroupRow
@@ -75,6 +75,7 @@ class SqlitePool:
     """`Pool` in a file. Log-probabilities are kept as float32, ids and versions as int32."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
         event.listen(self._engine, "connect", _prepare_connection)
         event.listen(self._engine, "begin", _begin)
@@ -201,9 +202,15 @@ class SqlitePool:
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        """A transaction that takes the write lock at its start, so that what it read stays true."""
-        with self._engine.connect().execution_options(write=True) as connection, connection.begin():
-            yield connection
+        """A transaction that takes the write lock at its start, so that what it read stays true.
+
+        Errors: RunError where the system refuses it (disk full, no permission, locked).
+        """
+        try:
+            with self._engine.connect().execution_options(write=True) as connection, connection.begin():
+                yield connection
+        except OperationalError as error:
+            raise RunError(f"pool {self._path}: it cannot be written ({error.orig})") from error
 
     @staticmethod
     def _batch(connection: sa.Connection, step: int) -> tuple[str, ...]:

@@ -66,7 +66,11 @@ def summary_table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "staleness, mean and most (versions)",
-            f"{_number(staleness['mean'])} / {_number(staleness['max'])} (bound {staleness['age_bound']})",
+            f"{_number(staleness['mean'])} / {_number(staleness['max'])}",
+        ),
+        (
+            "steps that a group waited, most",
+            f"{_number(staleness['age_max'], 0)} (bound {staleness['age_bound']})",
         ),
         (
             "tokens per second, sampled / trained",

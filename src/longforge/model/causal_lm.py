@@ -107,8 +107,8 @@ class CausalLM(nn.Module):
         """Hidden states of packed tokens (ids int64 [N]); the one forward of training, prefill and decode.
 
         With a cache, new keys and values are written to it in place at `layout.slots`, and each token attends
-        to what its path's pages hold; call it under `torch.no_grad()`. Without one, every path starts at
-        position 0.
+        to what its path's pages hold; call it under `torch.no_grad()`. Without one, the layout's own tokens
+        fill the pages: a path starts at position 0, or behind whole pages of another path in the layout.
         phase          "warmup": sparse layers attend to the whole prefix, and so does the index loss
         index_loss     whether to compute it; `index_weights` [N] weigh its tokens
         expert_loads   whether to count what each expert gets

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from longforge.errors import CheckpointError, ConfigError
@@ -77,10 +78,12 @@ def save_model(
     """Writes a model folder under the released names; `dtype` narrows the weights (routers stay as they are).
 
     The folder appears whole: it is written beside its place and then renamed. An older folder there is moved
-    away first; its files that are not ours (a tokenizer, a card) stay. Raises CheckpointError where it cannot
-    be written.
+    away first; what it holds besides weights and configuration (a tokenizer, a card, folders) stays. Raises
+    CheckpointError where it cannot be written.
     """
     target = Path(folder)
+    if target.is_symlink():
+        target = target.resolve()
     new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.new"
     state = model.state_dict()
     name = str(dtype or model.dtype).removeprefix("torch.")
@@ -93,7 +96,7 @@ def save_model(
         config = write_config(model.config, model.source_config, name)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _replace(target, new)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk comes as the second where tensors are written
         raise CheckpointError(f"{target}: a folder that can be written is needed, got {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -158,12 +161,20 @@ def _notice_not_text(folder: Path, names: set[str]) -> None:
 
 
 def _quantised_block(raw: Mapping[str, Any]) -> tuple[int, int]:
-    quantisation = raw.get("quantization_config") or {}
+    text = raw.get("text_config") or {}
+    quantisation = raw.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(quantisation, Mapping):
+        raise CheckpointError(
+            f"config.json: quantization_config as an object is needed, got {quantisation!r}"
+        )
     method = quantisation.get("quant_method", "fp8")
     if method != "fp8":
         raise CheckpointError(f"config.json: quant_method fp8 or none is needed, got {method}")
-    rows, columns = quantisation.get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
+    match quantisation.get("weight_block_size") or [128, 128]:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            raise CheckpointError(f"config.json: weight_block_size [rows, columns] is needed, got {other!r}")
 
 
 def _declared_dtype(raw: Mapping[str, Any]) -> torch.dtype:
@@ -193,14 +204,24 @@ def _folder(folder: str | Path) -> Path:
 
 
 def _replace(target: Path, new: Path) -> None:
-    """Puts `new` at `target`; files of an older folder that are not weights or configuration come along."""
+    """Puts `new` at `target`; what an older folder holds besides weights and configuration comes along."""
     if not target.exists():
         new.rename(target)
         return
-    for file in target.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, "config.json"):
-            shutil.copy2(file, new / file.name)
+    for entry in target.iterdir():
+        if entry.suffix == ".safetensors" or entry.name in (INDEX, "config.json"):
+            continue
+        if entry.is_symlink():
+            (new / entry.name).symlink_to(entry.readlink())
+        elif entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name)
     old = target.parent / f"{new.name}.old"
     target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

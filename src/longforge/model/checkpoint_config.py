@@ -5,7 +5,7 @@ architectures cannot compute (other mixers, other switches) is written as `Longf
 other programs refuse it instead of running a different model.
 """
 
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,8 +15,6 @@ from longforge.model.checkpoint_sparse import read_layers, write_layers
 from longforge.model.config import LayerSpec, ModelConfig
 
 __all__ = ["ARCHITECTURES", "is_released", "read_config", "write_config"]
-
-logger = logging.getLogger(__name__)
 
 OURS = "LongforgeForCausalLM"
 ARCHITECTURES = {
@@ -75,6 +73,13 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     named = _architecture(raw)
     if named == OURS:
         return _read_ours(raw)
+    try:
+        return _read_released(raw, named)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"values of the kinds in the released files are needed, got {error}") from error
+
+
+def _read_released(raw: Mapping[str, Any], named: str) -> ModelConfig:
     family = ARCHITECTURES[named] if named in ARCHITECTURES else _MODEL_TYPES[named]
     nested = raw.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else raw
@@ -118,7 +123,7 @@ def write_config(
         "use_routing_bias": True,
         "rope_theta": config.rope_theta,
         "rotary_dim": config.rotary_dim,
-        "partial_rotary_factor": config.rotary_dim / config.head_dim,
+        "partial_rotary_factor": _partial_factor(config),
     }
     if config.family == "m2":
         text |= {"attn_type_list": [1] * len(config.layers), "shared_intermediate_size": 0}
@@ -256,6 +261,12 @@ def _rotary(text: Mapping[str, Any], family: str, head_dim: int) -> dict[str, An
     else:
         rotary_dim = int(text.get("rotary_dim") or head_dim)
     return {"rotary_dim": rotary_dim, "rope_theta": float(new.get("rope_theta", text.get("rope_theta", 5e6)))}
+
+
+def _partial_factor(config: ModelConfig) -> float:
+    """The share of a head that is rotated; readers multiply it by head_dim and round down."""
+    factor = config.rotary_dim / config.head_dim
+    return factor if int(config.head_dim * factor) == config.rotary_dim else math.nextafter(factor, 2.0)
 
 
 def _value(text: Mapping[str, Any], key: str, default: Any = None) -> Any:

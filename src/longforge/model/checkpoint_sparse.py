@@ -33,7 +33,7 @@ def read_layers(text: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
     sparse = text.get("sparse_attention_config") or {}
     if not sparse.get("use_sparse_attention", True):
         sparse = {}
-    count = int(text.get("num_hidden_layers", 0))
+    count = _whole(text.get("num_hidden_layers"), "num_hidden_layers")
     types = _named(text.get("layer_types"), "layer_types", _MIXERS, count)
     freq = _flags(sparse.get("sparse_attention_freq"), "sparse_attention_freq", ("full", "sparse"), count)
     mlps = _named(text.get("mlp_layer_types"), "mlp_layer_types", _FEED_FORWARDS, count)
@@ -44,7 +44,7 @@ def read_layers(text: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
     if "sparse" not in mixers:
         return {"layers": layers}
     numbers = {
-        field: int(sparse.get(released, text.get(flat, default)))
+        field: _whole(sparse.get(released, text.get(flat, default)), released)
         for field, (released, flat, default) in _NUMBERS.items()
     }
     _refuse_inexact(sparse, numbers, mixers, kv_heads)
@@ -103,6 +103,12 @@ def _refuse_inexact(
             f"sparse_disable_index_value: true for every sparse layer is needed, got {disabled}; "
             "index values are not supported"
         )
+
+
+def _whole(value: Any, key: str) -> int:
+    if not isinstance(value, int):
+        raise CheckpointError(f"config.json: a whole number is needed for {key}, got {value!r}")
+    return value
 
 
 def _flags(value: Any, key: str, names: tuple[str, str], count: int) -> list[Any] | None:

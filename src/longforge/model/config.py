@@ -108,11 +108,13 @@ class ModelConfig:
             object.__setattr__(self, "shared_expert_size", 0)
             object.__setattr__(self, "routed_scale", 1.0)
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: a positive number is needed, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}: a positive whole number is needed, got {value}")
         for name in ("shared_expert_size", "mtp_modules"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: zero or more is needed, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}: zero or more is needed, got {value}")
         self._check_relations()
 
     def _check_relations(self) -> None:

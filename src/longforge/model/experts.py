@@ -68,9 +68,10 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Routing:
-        """x [N, d]; the logits and scores are fp32 (fp64 for an fp64 model)."""
+        """x [N, d]; the logits and scores are fp32 (fp64 for an fp64 model), under autocast too."""
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
-        scores = torch.sigmoid(F.linear(x.to(weight.dtype), weight))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.sigmoid(F.linear(x.to(weight.dtype), weight))
         ids = torch.topk(
             scores.detach() + self.e_score_correction_bias, self.top_k, dim=-1, sorted=False
         ).indices

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: this file is needed in a model folder, and is missing")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: a JSON object is needed, got unreadable text ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object is needed, got {type(value).__name__}")
@@ -54,7 +54,7 @@ class TensorFiles:
         """The file of each tensor."""
         if (self.folder / INDEX).is_file():
             shards = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(shards, dict):
+            if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
                 raise CheckpointError(f"{self.folder / INDEX}: a weight_map object is needed, and is missing")
             for file in sorted(set(shards.values())):
                 held = set(self._handle(file).keys())

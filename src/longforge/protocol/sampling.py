@@ -13,8 +13,6 @@ class StopReason(StrEnum):
     """A stop token or stop string came."""
     LENGTH = "length"
     """`max_tokens` or the model's context was reached."""
-    CANCELLED = "cancelled"
-    """The client went away or asked to cancel."""
 
 
 @dataclass(frozen=True)

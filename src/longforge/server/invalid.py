@@ -16,7 +16,7 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
     errors: pydantic's list of errors; FastAPI prefixes each place with "body".
     """
     first = errors[0]
-    if first["loc"][-1] in _UNION_MEMBERS:
+    if first["type"] != "extra_forbidden" and first["loc"][-1] in _UNION_MEMBERS:
         # Every member of a union complains; the one that got furthest into the value is the one that was
         # meant.
         union = first["loc"][:-1]
@@ -24,7 +24,10 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
     place = [part for part in first["loc"] if part != "body"]
     field = str(place[0]) if place and isinstance(place[0], str) else None
     keys = [p for p in place if isinstance(p, int) or not (p in _UNION_MEMBERS or "[" in p)]
+    if first["type"] == "extra_forbidden" and keys[-1:] != place[-1:]:
+        keys.append(place[-1])  # an unknown field is the body's own word, whatever it looks like
     path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".") or "body"
+    path = path if path.isprintable() else json.dumps(path)
     if first["type"] == "extra_forbidden":
         return f"{path}: this server does not support the field; leave it out", field
     if first["type"] == "missing":
@@ -35,4 +38,11 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
     message = message[:1].lower() + message[1:]
     if first["type"] == "value_error":
         return f"{path}: {message}", field
-    return f"{path}: {message}, got {json.dumps(first.get('input'), default=str)[:80]}", field
+    return f"{path}: {message}, got {_shown(first.get('input'))}", field
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)[:80]
+    except RecursionError:
+        return "a value nested too deeply to show"

@@ -1,10 +1,12 @@
 """From a model folder to a running server."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from longforge.chat import Tokenizer
+from longforge.chat.tokens import EOS
 from longforge.engine import Engine
 from longforge.errors import CheckpointError, InputError
 from longforge.kernels.host_memory import keep_freed_memory
@@ -77,12 +79,18 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model folder, there is none")
     tokenizer = Tokenizer.load(folder)
+    try:
+        tokenizer.token_id(EOS)  # every request stops at it: told now, not at the first one
+    except InputError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     causal_lm = CausalLM.from_pretrained(folder)
     config = causal_lm.config
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         )
+    if pages is not None:
+        _check_memory(pages, config, causal_lm.dtype)
     engine = Engine(
         causal_lm,
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
@@ -98,3 +106,13 @@ def default_pages(config: ModelConfig, dtype: torch.dtype = torch.float32) -> in
     wanted = POOL_REQUESTS * -(-config.max_positions // config.block_size)
     page_bytes = KVCache(config, 1, "meta", dtype).bytes
     return max(1, min(wanted, POOL_BYTES // page_bytes))
+
+
+def _check_memory(pages: int, config: ModelConfig, dtype: torch.dtype) -> None:
+    """InputError for a pool that is larger than this machine's memory."""
+    needed = pages * KVCache(config, 1, "meta", dtype).bytes / 2**30
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if needed > held:
+        raise InputError(
+            f"pages: expected at most {held:.1f} GiB, got {pages} pages of {needed:.1f} GiB together"
+        )

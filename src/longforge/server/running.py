@@ -31,7 +31,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(128)
-    except (OSError, OverflowError) as error:
+    except (
+        OSError,
+        OverflowError,
+        UnicodeError,
+        TypeError,
+    ) as error:  # the last two: a name that is no host's
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise InputError(f"port {port}: it is in use on {host}; name another one with --port") from None

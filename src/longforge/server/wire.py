@@ -7,8 +7,9 @@ replies are built in `server.replies`. The forge gateway uses both, so nothing h
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.errors import InputError
 from longforge.protocol import Message, SamplingParams, ToolCall, ToolSpec
 
@@ -123,6 +124,13 @@ class Function(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _not_too_deep(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        if too_deep(parameters):
+            raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+        return parameters
 
 
 class Tool(Body):
@@ -243,8 +251,8 @@ class WeightsRequest(Body):
 def to_messages(messages: list[ChatMessage]) -> list[Message]:
     """Wire messages as every room knows them.
 
-    Errors: InputError naming the message, for arguments that are no JSON object and for a tool's answer to a
-    call that was never made.
+    Errors: InputError naming the message, for arguments that are no JSON object or one nested too deeply, and
+    for a tool's answer to a call that was never made.
     """
     made: set[str] = set()
     result: list[Message] = []
@@ -296,11 +304,11 @@ def message_body(message: Message) -> dict[str, Any]:
 def _tool_call(call: WireToolCall, place: int) -> ToolCall:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or too_deep(arguments):
         raise InputError(
-            f"messages[{place}].tool_calls: arguments of {call.function.name!r}: expected a JSON object, "
-            f"got {call.function.arguments[:80]!r}"
+            f"messages[{place}].tool_calls: arguments of {call.function.name!r}: expected a JSON object of "
+            f"at most {MAX_NESTING} levels, got {call.function.arguments[:80]!r}"
         )
     return ToolCall(call.function.name, arguments, call.id)

@@ -1,1 +1,1 @@
-"""training"""
+"""Optimising a model: losses, optimiser, packing, pre-training."""

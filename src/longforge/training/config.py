@@ -4,15 +4,19 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from longforge.errors import ConfigError
 
 __all__ = ["DataConfig", "OptimiserConfig", "PretrainConfig", "ScheduleConfig", "load_config"]
 
 _STRICT = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,21 @@ class DataConfig:
     held_out: str = ""
     """The same, for the teacher-forced scores during training."""
     texts: str = ""
-    """Folder whose `*.py`, `*.txt` and `*.md` files are read as plain text."""
+    """Folder; the `*.py`, `*.md`, `*.rst` and `*.txt` files below it are read as plain text."""
     tokenizer: str = ""
     """Folder or file of a tokenizer; empty: one is trained on the data."""
-    text_share: float = 0.1
+    text_share: Share = 0.1
     """Share of samples drawn from `texts`."""
-    text_tokens: int = 256
-    text_weight: float = 0.1
-    openings: float = 0.0
+    text_tokens: Count = 256
+    text_weight: NotNegative = 0.1
+    openings: Share = 0.0
     """Share of the conversations that end after the assistant's first turn."""
-    background_weight: float = 0.1
+    background_weight: NotNegative = 0.1
     """Loss weight of tokens in a conversation that the assistant did not write."""
-    background_rows: float = 0.3
+    background_rows: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the light rows whose logits are computed (their weight is raised to make up for it)."""
-    tokens_per_step: int = 4608
-    max_tokens: int = 2048
+    tokens_per_step: Count = 4608
+    max_tokens: Count = 2048
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,12 @@ class OptimiserConfig:
 
     matrices: Literal["adamw", "muon"] = "adamw"
     """What updates the layers' matrices; everything else goes by AdamW."""
-    lr: float = 2e-3
-    index_lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    bias_rate: float = 1e-3
+    lr: NotNegative = 2e-3
+    index_lr: NotNegative = 2e-3
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: NotNegative = 0.01
+    clip: Positive = 1.0
+    bias_rate: NotNegative = 1e-3
     """Step of the experts' selection bias (sign rule), in units of the router's sigmoid."""
     bf16: bool = True
     """Matrix products under bf16 autocast; weights and optimiser stay fp32."""
@@ -68,23 +72,23 @@ class ScheduleConfig:
 
     __pydantic_config__ = _STRICT
 
-    steps: int = 2000
-    minutes: float = 60.0
+    steps: Count = 2000
+    minutes: NotNegative = 60.0
     """Time limit. When `steps` would overrun it, fewer are planned and the schedule is squeezed into them."""
-    warmup_steps: int = 100
-    dense_share: float = 0.25
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    dense_share: Share = 0.25
     """First part: both branches attend densely, and the index learns over the whole prefix."""
-    index_weight: float = 1.0
+    index_weight: NotNegative = 1.0
     """Coefficient of the index loss (sum over layers)."""
-    mtp_share: float = 0.2
+    mtp_share: Share = 0.2
     """Last part, in which the multi-token prediction modules are trained."""
-    mtp_detached_share: float = 0.5
+    mtp_detached_share: Share = 0.5
     """First part of that part: the modules learn alone, no gradient reaches the main model."""
-    mtp_weight: tuple[float, float] = (0.3, 0.1)
+    mtp_weight: tuple[NotNegative, NotNegative] = (0.3, 0.1)
     """Weight of their loss over the joint part, first and last (M2 report, section 2.3)."""
-    log_every: int = 10
-    evaluate_every: int = 100
-    checkpoint_minutes: float = 3.0
+    log_every: Count = 10
+    evaluate_every: Count = 100
+    checkpoint_minutes: NotNegative = 3.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class PretrainConfig:
 
     model: str = "micro"
     """Name of a preset."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Overrides the preset's vocabulary."""
     tie_while_training: bool = False
     """Output head and embedding table are one while training; the checkpoint holds each."""
@@ -114,6 +118,8 @@ def load_config(path: Path) -> PretrainConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: expected a TOML file, found none") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a TOML file, got {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     try:

@@ -9,10 +9,11 @@ import torch
 
 from longforge.chat import Tokenizer, render, train_tokenizer
 from longforge.chat.tokens import BOS
-from longforge.errors import ConfigError, RunError
+from longforge.errors import ConfigError, InputError, RunError
 from longforge.model.causal_lm import CausalLM
 from longforge.model.config import ModelConfig
 from longforge.model.presets import PRESETS
+from longforge.observe import write_text_atomic
 from longforge.training.config import PretrainConfig
 from longforge.training.pretrain import Pretrainer, StepReport
 from longforge.training.samples import Conversation, ConversationSource
@@ -37,11 +38,13 @@ def pretrain(
     a folder that belongs to another configuration.
     """
     data = config.data
+    _preset(config)
+    _check_device(device)
     if not (data.conversations or data.texts):
         raise ConfigError("data: expected `conversations` or `texts` to train on, got neither")
     conversations = read_conversations(Path(data.conversations)) if data.conversations else []
     texts = read_texts(Path(data.texts)) if data.texts else []
-    _claim(folder, config)
+    _refuse_another(folder, config)
     tokenizer = _tokenizer(config, folder, conversations, texts)
     model = new_model(config, tokenizer)
     stream = build_stream(
@@ -51,18 +54,15 @@ def pretrain(
         conversations=(lambda i: conversations[i % len(conversations)]) if conversations else None,
         texts=texts,
     )
-    trainer = Pretrainer(
-        model,
-        stream,
-        config,
-        folder,
-        evaluate=_evaluation(config, tokenizer, model.config.block_size),
-        report=report,
-        device=device,
-    )
-    trainer.resume()
-    if not trainer.run():
-        return False
+    evaluate = _evaluation(config, tokenizer, model.config.block_size, device)
+    try:
+        _claim(folder, config, tokenizer)
+        trainer = Pretrainer(model, stream, config, folder, evaluate=evaluate, report=report, device=device)
+        trainer.resume()
+        if not trainer.run():
+            return False
+    except OSError as error:
+        raise RunError(f"{folder}: a folder that can be written is needed, got {error}") from error
     finished_model(trainer.model.cpu(), torch.float32).save_pretrained(folder / "model")
     tokenizer.save(folder / "model")
     return True
@@ -70,9 +70,7 @@ def pretrain(
 
 def model_shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The preset with the vocabulary and special tokens of this run. Raises ConfigError."""
-    if config.model not in PRESETS:
-        raise ConfigError(f"model: expected one of {', '.join(PRESETS)}, got {config.model!r}")
-    preset = PRESETS[config.model]
+    preset = _preset(config)
     vocabulary = config.vocab_size or preset.vocab_size
     if tokenizer.vocab_size > vocabulary:
         raise ConfigError(
@@ -99,16 +97,41 @@ def finished_model(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     return finished.to(dtype)
 
 
-def _claim(folder: Path, config: PretrainConfig) -> None:
-    """Writes the resolved configuration, or checks that it is the one the folder was made with."""
-    resolved = json.loads(json.dumps(dataclasses.asdict(config)))
+def _preset(config: PretrainConfig) -> ModelConfig:
+    if config.model not in PRESETS:
+        raise ConfigError(f"model: expected one of {', '.join(PRESETS)}, got {config.model!r}")
+    return PRESETS[config.model]
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device: one that torch can use here is needed, got {device}: {reason}") from error
+
+
+def _refuse_another(folder: Path, config: PretrainConfig) -> None:
+    """Raises RunError where the folder was made with another configuration."""
     file = folder / RESOLVED
-    if file.exists():
-        if json.loads(file.read_text(encoding="utf-8")) != resolved:
-            raise RunError(f"{folder}: holds a run of another configuration ({file}); name an empty folder")
-        return
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != json.loads(_resolved(config)):
+        raise RunError(f"{folder}: holds a run of another configuration ({file}); name an empty folder")
+
+
+def _claim(folder: Path, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes the resolved configuration and the tokenizer where they are not there yet.
+
+    Only once all that a user may have mistaken is read: after the mistake is mended the folder is still free.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
+    if not (folder / RESOLVED).exists():
+        write_text_atomic(folder / RESOLVED, _resolved(config))
+    if not (config.data.tokenizer or (folder / "tokenizer.json").exists()):
+        tokenizer.save(folder)
+
+
+def _resolved(config: PretrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 
 
 def _tokenizer(
@@ -119,15 +142,13 @@ def _tokenizer(
         return Tokenizer.load(config.data.tokenizer)
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
-    size = config.vocab_size or PRESETS["micro"].vocab_size
+    size = config.vocab_size or _preset(config).vocab_size
     rendered = (render(c.messages, c.tools, add_generation_prompt=False) for c in conversations)
-    tokenizer = train_tokenizer([*rendered, *texts], size)
-    tokenizer.save(folder)
-    return tokenizer
+    return train_tokenizer([*rendered, *texts], size)
 
 
 def _evaluation(
-    config: PretrainConfig, tokenizer: Tokenizer, block_size: int
+    config: PretrainConfig, tokenizer: Tokenizer, block_size: int, device: torch.device | str
 ) -> Callable[[CausalLM, int], Mapping[str, float]] | None:
     if not config.data.held_out:
         return None
@@ -138,6 +159,7 @@ def _evaluation(
         tokens=config.data.tokens_per_step,
         block_size=block_size,
     )
+    batches = [batch.to(device) for batch in batches]
 
     def evaluate(model: CausalLM, step: int) -> Mapping[str, float]:
         return teacher_forced_scores(model, batches)

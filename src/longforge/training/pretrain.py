@@ -132,10 +132,10 @@ class Pretrainer:
         stage = stage_of(self.done / self.planned, self.config)
         factor = self._set_rates(stage)
         losses, loads = self._backward(batch, stage)
-        if not math.isfinite(losses.lm + losses.index):
+        if not math.isfinite(losses.lm + losses.index + (losses.mtp or 0.0)):
             raise RunError(
-                f"step {self.done + 1}: expected a finite loss, got {losses.lm} (index {losses.index}); "
-                f"lower optimiser.lr and go on from the last state in {self._folder}"
+                f"step {self.done + 1}: expected a finite loss, got {losses.lm} (index {losses.index}, "
+                f"MTP {losses.mtp}); lower optimiser.lr and start in an empty folder"
             )
         norm = clip_groups(self._optimiser, self.config.optimiser.clip)
         self._optimiser.step()

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, optim
 
@@ -21,17 +22,25 @@ __all__ = ["latest_state", "load_state", "save_state"]
 def save_state(
     folder: Path, step: int, model: nn.Module, optimiser: optim.Optimizer, counters: dict[str, Any]
 ) -> Path:
-    """Writes the state after `step` steps and drops older ones. `counters` is plain JSON."""
+    """Writes the state after `step` steps and drops older ones. `counters` is plain JSON.
+
+    Raises RunError where it cannot be written; the state before is then still there.
+    """
     target = folder / f"state-{step:07d}"
     draft = folder / "state.part"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     weights = {name: value.clone() for name, value in model.state_dict().items()}  # tied ones apart
-    save_file(weights, draft / "model.safetensors")
-    save_file(optimiser_tensors(model, optimiser), draft / "optimiser.safetensors")
-    (draft / "counters.json").write_text(json.dumps({"step": step, **counters}, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    draft.rename(target)
+    try:
+        draft.mkdir(parents=True)
+        save_file(weights, draft / "model.safetensors")
+        save_file(optimiser_tensors(model, optimiser), draft / "optimiser.safetensors")
+        numbers = json.dumps({"step": step, **counters}, indent=1)
+        (draft / "counters.json").write_text(numbers, encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+    except (OSError, SafetensorError) as error:  # a full disk comes as the second where tensors are written
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunError(f"{target}: a folder that can be written is needed, got {error}") from error
     for old in folder.glob("state-*"):
         if old != target:
             shutil.rmtree(old)

@@ -1,7 +1,9 @@
 """The agent is a process that knows an endpoint; the host runs many and leaves none behind."""
 
+import gc
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from agent_host_client import AgentHost
 from longforge.errors import InputError
-from longforge.forge.code_search.agents import AgentHost
+from longforge.forge.code_search.agent_host import Host, _Agent
 from longforge.forge.code_search.prompts import SYSTEM_PROMPT
 from longforge.forge.code_search.sandbox import Sandbox
 
@@ -197,6 +200,28 @@ def test_an_episode_can_be_cancelled_and_its_id_not_be_used_twice(host, sandbox,
         host.submit("twice", base_url=silent.url, api_key="k", task=task)
     host.cancel("twice")
     assert future.result(30)["outcome"] == "cancelled"
+
+
+def test_a_cancel_that_comes_with_the_result_does_not_end_the_host() -> None:
+    (tasks, to_host), (from_host, results), (pipe, to_pipe) = os.pipe(), os.pipe(), os.pipe()
+
+    class TasksFirst(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None):
+            return sorted(super().select(timeout), key=lambda ready: ready[0].fd != tasks)
+
+    host = Host(tasks, results)
+    host._selector = TasksFirst()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        host._agents[pipe] = _Agent("e", child.pid, pipe, time.monotonic() + 60)
+        host._selector.register(pipe, selectors.EVENT_READ)
+        os.write(to_pipe, b'{"answer": "x", "outcome": "answered"}')
+        os.write(to_host, b'{"cancel": "e"}\n')
+        os.close(to_host)
+        host.run()
+    gc.unfreeze()
+    assert json.loads(os.read(from_host, 65536)) == {"id": "e", "answer": "x", "outcome": "answered"}
+    for descriptor in (tasks, from_host, results, to_pipe):
+        os.close(descriptor)
 
 
 def test_closing_the_host_kills_its_agents(sandbox, chat_server) -> None:

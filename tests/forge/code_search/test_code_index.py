@@ -1,6 +1,7 @@
 """The index: what a class is, where it stands and what it inherits from."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,20 @@ def test_links_out_of_the_tree_are_not_followed(make_tree, tmp_path: Path) -> No
     (root / "link.py").symlink_to(tmp_path / "secret.py")
     (root / "folder").symlink_to(tmp_path)
     assert [file.path for file in build_index(root).tree.files] == ["a.py"]
+
+
+def test_a_folder_that_may_not_be_listed_is_left_out(make_tree, monkeypatch) -> None:
+    root = make_tree({"a.py": "class A: pass\n", "shut/b.py": "class B: pass\n"})
+    listing = Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        if folder.name == "shut":
+            raise PermissionError
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    index = build_index(root)
+    assert [entry.name for entry in index.classes] == ["A"] and index.skipped == ("shut",)
 
 
 def test_the_same_tree_gives_the_same_index(make_tree) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from longforge.errors import InputError
+from longforge.errors import InputError, LongforgeError
 from longforge.forge.code_search.sandbox import Sandbox, ServerLimits
 
 HOSTILE = """
@@ -217,6 +217,15 @@ def test_closing_leaves_no_process_and_no_folder(zoo: Path) -> None:
     sandbox.close()
     sandbox.close()
     assert not folder.exists() and not _alive(pid)
+
+
+def test_a_server_that_was_killed_is_told_in_one_line(zoo: Path) -> None:
+    with Sandbox(zoo) as sandbox:
+        sandbox.check()
+        os.kill(sandbox.pid, signal.SIGKILL)
+        sandbox._process.wait()
+        with pytest.raises(LongforgeError, match="tool server: it ended with code -9"):
+            sandbox.check()
 
 
 def test_the_server_ends_when_its_owner_is_killed(zoo: Path) -> None:

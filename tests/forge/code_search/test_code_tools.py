@@ -1,6 +1,7 @@
 """The tools: grep means `re.search` on every line, and nothing outside the tree can be named."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_grep_finds_exactly_the_lines_that_the_expression_matches(texts, pattern
     assert list(CodeTools(tree).matches(flags + pattern, expression)) == plain_grep_lines(
         tree, flags + pattern
     )
+
+
+def test_an_odd_expression_says_nothing_at_the_terminal() -> None:
+    odd = "[[a]"  # "possible nested set", says the interpreter
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CodeTools(tree_of("x[0]")).grep(odd) == "f0.py:1: x[0]"
 
 
 @pytest.mark.parametrize(

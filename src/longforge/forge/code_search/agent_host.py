@@ -1,4 +1,4 @@
-"""Many agents, one import: `python -m longforge.forge.code_search.agent_host`, started by `AgentHost`.
+"""Many agents, one import: `python -m longforge.forge.code_search.agent_host`, started by `HostedAgents`.
 
 Importing `openai` costs a second. This program does it once and forks a fresh process for each episode. A
 line of JSON on standard input is an episode:
@@ -62,11 +62,13 @@ class Host:
             while True:
                 deadlines = [agent.deadline for agent in self._agents.values()]
                 wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-                for key, _ in self._selector.select(wait):
-                    if key.fd != self._tasks:
-                        self._read_result(self._agents[key.fd])
-                    elif not self._read_tasks():
-                        return
+                ready = [key.fd for key, _ in self._selector.select(wait)]
+                # Results first: a cancel among the tasks may end an agent whose result is in this very round.
+                for descriptor in ready:
+                    if descriptor != self._tasks:
+                        self._read_result(self._agents[descriptor])
+                if self._tasks in ready and not self._read_tasks():
+                    return
                 for agent in [a for a in self._agents.values() if a.deadline <= time.monotonic()]:
                     self._finish(agent, "deadline")
         finally:

@@ -88,6 +88,12 @@ class Sandbox:
         """Process id of the server."""
         return self._process.pid
 
+    def check(self) -> None:
+        """Raises LongforgeError if the server has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise LongforgeError(f"tool server: it ended with code {code}; resume the run to start another")
+
     def call(self, tool: str, arguments: dict[str, Any]) -> tuple[bool, str]:
         """Run one tool as an agent would."""
         return call_tool(self.socket, tool, arguments)

@@ -11,9 +11,11 @@ lines only; `plain_grep_lines` is the twin that tries it on all lines.
 import importlib
 import posixpath
 import re
+import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -166,7 +168,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if len(pattern) > MAX_PATTERN:
         raise ToolError(f"error: pattern has {len(pattern)} characters, at most {MAX_PATTERN} are allowed")
     try:
-        return re.compile(pattern)
+        with _no_warnings():
+            return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as problem:
         raise ToolError(f"error: bad pattern: {str(problem).splitlines()[0]}") from None
 
@@ -178,7 +181,8 @@ def required_literal(pattern: str) -> str:
     a line break in it is of no use, because a line has none.
     """
     parser = importlib.import_module("re._parser")
-    parsed = parser.parse(pattern)
+    with _no_warnings():
+        parsed = parser.parse(pattern)
     if parsed.state.flags & (re.IGNORECASE | re.LOCALE):
         return ""
     runs = [""]
@@ -201,6 +205,14 @@ def plain_grep_lines(tree: Tree, pattern: str) -> list[tuple[str, int, str]]:
         for number, line in enumerate(file.lines(), 1)
         if expression.search(line)
     ]
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """A model's odd expressions are not news to the person at the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _line_number(name: str, value: Any) -> int:

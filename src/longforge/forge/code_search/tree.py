@@ -41,7 +41,7 @@ class Tree:
     root: Path
     files: tuple[SourceFile, ...]
     unreadable: tuple[str, ...]
-    """Files that could not be opened or are not UTF-8."""
+    """Files that could not be opened or are not UTF-8, and folders that could not be listed."""
 
 
 def default_tree() -> Path:
@@ -70,8 +70,9 @@ def load_tree(path: str | Path, excluded: Sequence[str] = EXCLUDED) -> Tree:
         InputError: no such folder, or no Python file in it.
     """
     root = tree_root(path)
-    files, unreadable = [], []
-    for file in _python_files(root, root, frozenset(excluded)):
+    files: list[SourceFile] = []
+    unreadable: list[str] = []
+    for file in _python_files(root, root, frozenset(excluded), unreadable):
         name = file.relative_to(root).as_posix()
         try:
             files.append(SourceFile(name, file.read_text(encoding="utf-8")))
@@ -83,13 +84,20 @@ def load_tree(path: str | Path, excluded: Sequence[str] = EXCLUDED) -> Tree:
     return Tree(root, tuple(files), tuple(sorted(unreadable)))
 
 
-def _python_files(folder: Path, root: Path, excluded: frozenset[str]) -> Iterator[Path]:
-    for entry in folder.iterdir():
+def _python_files(
+    folder: Path, root: Path, excluded: frozenset[str], unreadable: list[str]
+) -> Iterator[Path]:
+    try:
+        entries = list(folder.iterdir())
+    except OSError:
+        unreadable.append(folder.relative_to(root).as_posix())
+        return
+    for entry in entries:
         if entry.name.startswith(".") or (entry.is_symlink() and not _stays_inside(entry, root)):
             continue
         if entry.is_dir():
             if entry.name not in excluded and not entry.is_symlink():
-                yield from _python_files(entry, root, excluded)
+                yield from _python_files(entry, root, excluded, unreadable)
         elif entry.suffix == ".py" and entry.is_file():
             yield entry
 

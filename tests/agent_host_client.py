@@ -31,6 +31,7 @@ class AgentHost:
         )
         self._pending: dict[str, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # not the same: the host may wait until a result is read
         self._reader = threading.Thread(target=self._read_results, name="agent-host-results", daemon=True)
         self._reader.start()
 
@@ -63,27 +64,28 @@ class AgentHost:
                     f"episode {episode_id!r}: already running; give each episode an id of its own"
                 )
             self._pending[episode_id] = future
-            self._send(
-                {
-                    "id": episode_id,
-                    "base_url": base_url,
-                    "api_key": api_key,
-                    "deadline_s": deadline_s,
-                    "task": dict(task),
-                }
-            )
+        self._send(
+            {
+                "id": episode_id,
+                "base_url": base_url,
+                "api_key": api_key,
+                "deadline_s": deadline_s,
+                "task": dict(task),
+            }
+        )
         return future
 
     def cancel(self, episode_id: str) -> None:
         """Kill an episode's agent if it still runs; its result then has the outcome `cancelled`."""
         with self._lock:
-            if episode_id in self._pending:
-                self._send({"cancel": episode_id})
+            known = episode_id in self._pending
+        if known:
+            self._send({"cancel": episode_id})
 
     def close(self) -> None:
         """Kill every agent and end the host. Futures that are still open are cancelled."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with self._lock:
+        with self._writing:
             if not self._process.stdin.closed:
                 self._process.stdin.close()
         try:
@@ -103,10 +105,12 @@ class AgentHost:
     def _send(self, body: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(body).encode() + b"\n")
-            self._process.stdin.flush()
+            with self._writing:
+                self._process.stdin.write(json.dumps(body).encode() + b"\n")
+                self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
-            self._pending.pop(body.get("id", ""), None)
+            with self._lock:
+                self._pending.pop(body.get("id", ""), None)
             raise LongforgeError("agent host: has ended; start a new one") from None
 
     def _read_results(self) -> None:

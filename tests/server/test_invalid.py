@@ -1,0 +1,43 @@
+"""A body that does not validate is told in one line that names the field."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from longforge.server.invalid import describe_invalid
+from longforge.server.wire import ChatRequest
+
+
+def refused(**fields: Any) -> tuple[str, str | None]:
+    body = {"model": "m", "messages": [{"role": "user", "content": "q"}], **fields}
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(body)
+    return describe_invalid(caught.value.errors())
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "str", "list", "a[b]"])
+def test_an_unknown_field_is_named_whatever_it_is_called(name: str):
+    """The names of types and brackets also stand in pydantic's places, where they are no fields."""
+    assert refused(**{name: 1}) == (f"{name}: this server does not support the field; leave it out", name)
+
+
+def test_a_name_of_several_lines_is_told_in_one():
+    message, field = refused(**{"a\nb": 1})
+    assert message.startswith('"a\\nb": this server does not support') and field == "a\nb"
+
+
+def test_of_a_union_the_member_that_was_meant_is_told():
+    part = {"type": "text", "text": "q", "cache_control": {}}
+    message, field = refused(messages=[{"role": "user", "content": [part]}])
+    assert message.startswith("messages[0].content[0].cache_control: this server does not support")
+    assert field == "messages"
+
+
+def test_a_wrong_value_too_deep_to_write_down_is_still_one_line():
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    error = {"type": "string_type", "loc": ("body", "model"), "msg": "Input should be text", "input": value}
+    told = "model: input should be text, got a value nested too deeply to show"
+    assert describe_invalid([error]) == (told, "model")
