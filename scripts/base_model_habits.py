@@ -2,20 +2,28 @@
 
 The demo measures the same through HTTP, the gateway and the agent program; this is the quick look while the
 base model is made, with the same prompts, tools, sampling and judge.
+
+    .venv/bin/python scripts/base_model_habits.py MODEL --temperature 0      measures any model folder
 """
 
+import argparse
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from longforge.chat import Tokenizer, encode_prompt, parse
 from longforge.engine import Engine, GenerationRequest
 from longforge.errors import ToolError
+from longforge.forge.code_search.index import build_index
 from longforge.forge.code_search.prompts import TOOL_SPECS, opening_messages
-from longforge.forge.code_search.questions import KINDS, Question
+from longforge.forge.code_search.questions import KINDS, Question, QuestionSet
 from longforge.forge.code_search.reward import score
 from longforge.forge.code_search.tools import CodeTools
 from longforge.model import CausalLM
@@ -126,3 +134,26 @@ def _scores(tries: Sequence[Try], seconds: float) -> HabitScores:
         answered=sum(t.answer is not None for t in tries) / n,
         seconds=seconds,
     )
+
+
+def main() -> None:
+    """Measures a model folder on the questions that its card is about, and prints the scores as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--questions", type=int, default=256)
+    options = parser.parse_args()
+    index = build_index()
+    scores, _ = evaluate_habits(
+        CausalLM.from_pretrained(options.model, dtype=torch.float32).eval(),
+        Tokenizer.load(options.model),
+        CodeTools(index.tree),
+        QuestionSet(index).sample("held_out", 20, 400)[: options.questions],
+        temperature=options.temperature,
+        seed=1,
+    )
+    print(json.dumps(scores.as_json()))
+
+
+if __name__ == "__main__":
+    main()
