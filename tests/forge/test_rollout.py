@@ -114,7 +114,7 @@ def test_every_episode_ends_and_only_a_right_answer_is_rewarded(bench, tmp_path)
     pool, ends, rollouts = bench
     agents = AgentProgram([sys.executable, "-c", AGENT], tmp_path / "agent.log")
     tasks = ("hello", "crash", "babble", "give up", "sleep")
-    play = rollouts(agents, deadline=3.0)
+    play = rollouts(agents, deadline=8.0)
     play.submit(group_of(*tasks), phase="train", step=4, policy=Policy(max_tokens=9))
     found = [ends.get(timeout=20) for _ in tasks]
     assert [end.group_completed for end in found] == [False] * 4 + [True]
@@ -153,8 +153,8 @@ def test_no_more_than_the_allowed_number_run_at_once(bench):
 def test_a_host_serves_many_and_is_told_about_deadlines(bench, tmp_path):
     _pool, ends, rollouts = bench
     cancelled = tmp_path / "cancelled"
-    agents = HostedAgents([sys.executable, "-c", HOST, str(cancelled)], tmp_path / "log", deadline=1.0)
-    play = rollouts(agents, deadline=1.0)
+    agents = HostedAgents([sys.executable, "-c", HOST, str(cancelled)], tmp_path / "log", deadline=4.0)
+    play = rollouts(agents, deadline=4.0)
     play._loop.run(agents.start())
     play.submit(group_of("a", "b", "sleep"), phase="train", step=0, policy=Policy(max_tokens=9))
     outcomes = {e.episode.task["do"]: e.episode for e in (ends.get(timeout=10) for _ in range(3))}
