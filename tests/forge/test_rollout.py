@@ -126,7 +126,7 @@ def test_every_episode_ends_and_only_a_right_answer_is_rewarded(bench, tmp_path)
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "yes"},
     ]
-    assert "code 3" in episodes[1].record["detail"] and "not back after 3 s" in episodes[4].record["detail"]
+    assert "code 3" in episodes[1].record["detail"] and "not back after 8 s" in episodes[4].record["detail"]
     assert pool.groups("train")[0].status == "completed"
     play.check()
 
@@ -162,7 +162,7 @@ def test_a_host_serves_many_and_is_told_about_deadlines(bench, tmp_path):
     keys = {outcomes[name].record["answer"] for name in ("a", "b")}
     assert len(keys) == 2 and all(key.startswith("lf-") for key in keys), "a key of its own for each"
     for _ in range(100):
-        if cancelled.exists():
+        if cancelled.exists() and cancelled.read_text():
             break
         time.sleep(0.02)
     assert cancelled.read_text().startswith("lf-")
