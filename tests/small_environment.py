@@ -20,6 +20,7 @@ from longforge.model import CausalLM
 
 AGENT_HOST = """
 import json, sys, threading, urllib.request
+WRITING = threading.Lock()
 
 def chat(body, messages):
     request = urllib.request.Request(
@@ -38,7 +39,8 @@ def play(body):
         result |= {"answer": chat(body, messages)["content"] or "", "outcome": "answered"}
     except OSError as error:
         result["error"] = str(error)
-    print(json.dumps(result), flush=True)
+    with WRITING:  # a print's line and its end are two writes
+        print(json.dumps(result), flush=True)
 
 for line in sys.stdin:
     body = json.loads(line)
