@@ -151,8 +151,8 @@ def check_strides(operation: str, backend: str, **pools: Tensor) -> None:
     for name, pool in pools.items():
         if pool.stride(-1) != 1 and pool.shape[-1] > 1:
             raise InputError(
-                f"{operation} backend 'triton': {name} with stride 1 in its last dimension expected, got strides "
-                f"{list(pool.stride())}; call .contiguous()"
+                f"{operation} backend 'triton': {name} with stride 1 in its last dimension expected, got "
+                f"strides {list(pool.stride())}; call .contiguous()"
             )
 
 
