@@ -110,6 +110,7 @@ def operator_call(make: Callable[[str], tuple[Call, list[Tensor]]], backend: str
     leaves = [
         a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments
     ]
+    assert sum(isinstance(x, Tensor) and x.requires_grad for x in leaves) == len(tensors)
     return operator, tuple(leaves)
 
 

@@ -44,8 +44,8 @@ def check_operation(phase: Phase, shape: Shape, dtype: torch.dtype, device: torc
         size = float(wanted[name].double().abs().max().clamp(min=1e-3))
         if not error <= TOLERANCE[dtype] * size:  # also where it is NaN
             raise CheckError(
-                f"bench attention: {phase} {name} within {TOLERANCE[dtype]:g} of the reference expected on {device}, "
-                f"got {error / size:.2g}; nothing is reported while the check fails"
+                f"bench attention: {phase} {name} on {device} within {TOLERANCE[dtype]:g} of the reference "
+                f"expected, got {error / size:.2g}; nothing is reported while the check fails"
             )
 
 
