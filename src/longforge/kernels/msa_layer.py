@@ -115,8 +115,8 @@ class MsaAttention(nn.Module):
         return self.o_proj(result.out.flatten(1)).view(hidden.shape)
 
     def _heads(self, x: Tensor, norm: nn.Module, heads: int, rotary: Rotary) -> Tensor:
-        """x [T, heads * size] -> [T, heads, size], normalised in the weights' dtype (also under autocast), then
-        rotated."""
+        """x [T, heads * size] -> [T, heads, size], normalised (in the weights' dtype, whatever autocast gave)
+        and rotated."""
         return rotate(norm(x.unflatten(-1, (heads, -1)).to(self.q_proj.weight.dtype)), rotary)
 
     def _layout(

@@ -69,15 +69,15 @@ def dense_attention(
         q, k_pages, v_pages = q.to(dtype), k_pages.to(dtype), v_pages.to(dtype)
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
     check_shape(name, "v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
     if window is not None and window < 1:
         raise InputError(f"{name}: window of at least 1 position expected (the query's own), got {window}")
-    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_strides(name, chosen, k_pages=k_pages, v_pages=v_pages)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     if is_traced(q):
-        return OPERATOR(q, k_pages, v_pages, *layout.parts, window, scale, chosen)
-    return _run(chosen, q, k_pages, v_pages, layout, window, scale)
+        return OPERATOR(q, k_pages, v_pages, *layout.parts, window, factor, chosen)
+    return _run(chosen, q, k_pages, v_pages, layout, window, factor)

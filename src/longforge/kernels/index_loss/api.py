@@ -83,6 +83,7 @@ def index_loss(
     check_shape(name, "index_q", index_q, (q.shape[0], None, None), "[N, Hkv, Di]")
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, index_q=index_q, index_k_pages=index_k_pages, q=q, k_pages=k_pages)
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
@@ -93,15 +94,14 @@ def index_loss(
     if blocks is not None:
         check_blocks(name, blocks, q, groups)
     weights = _in_full(weights, q)
-    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_strides(name, chosen, index_k_pages=index_k_pages, k_pages=k_pages)
     q, k_pages = q.detach(), k_pages.detach()
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    index_scale = index_q.shape[2] ** -0.5 if index_scale is None else index_scale
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    index_factor = float(index_q.shape[2] ** -0.5 if index_scale is None else index_scale)
     if is_traced(q):
         tensors = index_q, index_k_pages, q, k_pages, blocks, weights
-        return OPERATOR(*tensors, *layout.parts, scale, index_scale, chosen)
-    return _run(chosen, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights)
+        return OPERATOR(*tensors, *layout.parts, factor, index_factor, chosen)
+    return _run(chosen, index_q, index_k_pages, q, k_pages, blocks, layout, factor, index_factor, weights)
 
 
 def _in_full(weights: Tensor | None, q: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def lightning_attention(
     check_shape(name, "k", k, tuple(q.shape), "like q")
     check_shape(name, "v", v, tuple(q.shape), "like q")
     check_shape(name, "decay_slopes", decay_slopes, (q.shape[1],), "[H]")
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_layout(name, layout, q.shape[0], q.device)
     if states is not None:
         check_shape(name, "states", states, (None, q.shape[1], q.shape[2], q.shape[2]), "[S, H, D, D]")
@@ -75,7 +76,6 @@ def lightning_attention(
             raise InputError(
                 f"{name}: states in fp32 expected (they are summed over a path), got {states.dtype}"
             )
-    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     if not is_traced(q):
         return _run(chosen, q, k, v, decay_slopes, layout, states)
     if states is None:

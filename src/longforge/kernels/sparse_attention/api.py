@@ -66,14 +66,14 @@ def sparse_attention(
     name = "sparse_attention"
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
     check_shape(name, "v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
     check_blocks(name, blocks, q, k_pages.shape[2])
-    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
     check_strides(name, chosen, k_pages=k_pages, v_pages=v_pages)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     if is_traced(q):
-        return OPERATOR(q, k_pages, v_pages, blocks, *layout.parts, scale, chosen)
-    return _run(chosen, q, k_pages, v_pages, blocks, layout, scale)
+        return OPERATOR(q, k_pages, v_pages, blocks, *layout.parts, factor, chosen)
+    return _run(chosen, q, k_pages, v_pages, blocks, layout, factor)
