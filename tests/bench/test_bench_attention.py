@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from longforge.bench import attention as room
 from longforge.bench.attention import Options, bench_attention, device_of
 from longforge.bench.clock import interleaved
 from longforge.bench.command import attention as command
-from longforge.bench.contestants import RIVALS, Unusable, our_parts
+from longforge.bench.contestants import RIVALS, Unusable, our_parts, selections
 from longforge.bench.inputs import make_inputs
 from longforge.bench.report import fastest, plot, table
 from longforge.bench.selfcheck import check_operation
@@ -133,7 +134,9 @@ def test_with_every_block_selected_our_whole_step_is_dense_attention():
     shape = replace(SMALL, top_k=20)
     inputs = make_inputs(shape, Work.of("decode", 113, 24), torch.float32, CPU)
     wanted, _ = dense_attention(inputs.q, inputs.k_pages, inputs.v_pages, inputs.layout)
-    torch.testing.assert_close(our_parts(inputs)["whole"](), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        our_parts(inputs, selections(inputs)["fp32"])["whole"](), wanted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_keys_by_head_are_the_pages_in_order():
@@ -216,6 +219,21 @@ def test_what_is_too_long_or_too_large_is_named_and_left_out(
     monkeypatch.setattr(room.Bench, "_memory", lambda self: 0)
     assert bench_attention(options(phases=("decode",))) == []
     assert "decode 90: left out, it needs about" in capsys.readouterr().err
+
+
+def test_a_hopeless_rival_is_named_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def slow(inputs: Any) -> Any:
+        fast = RIVALS["sdpa-flash"](inputs)
+        return lambda: (time.sleep(0.2), fast())[1]
+
+    monkeypatch.setitem(RIVALS, "sdpa-math", slow)
+    rows = bench_attention(options(phases=("decode",)))
+    assert {row["rival"] for row in rows} == {"sdpa-flash", "longforge-dense"}
+    told = capsys.readouterr().err
+    assert told.count("no sdpa-math (more than 5 times as slow as another rival)") == 1
+    assert told.count("no flashinfer (CUDA only)") == 1
 
 
 def test_a_device_that_is_not_here_is_refused():

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from longforge.bench.clock import Step, Timing, captured, interleaved, matmul_rate, read_rate
-from longforge.bench.contestants import RIVALS, Unusable, our_parts
+from longforge.bench.clock import Step, Timing, captured, interleaved, matmul_rate, read_rate, sample
+from longforge.bench.contestants import INDEX_BYTES, RIVALS, Unusable, our_parts, selections
 from longforge.bench.inputs import DTYPES, Inputs, make_inputs
 from longforge.bench.selfcheck import check_operation
 from longforge.bench.work import Phase, Shape, Work
@@ -26,6 +26,10 @@ LONGEST = {"cuda": 10.0, "cpu": 60.0}
 """Seconds that one step of a contestant may take by estimate; longer ones are left out and named."""
 EFFICIENCY = 0.3
 """Of the measured rates, for that estimate."""
+HOPELESS = 5
+"""A rival this many times as slow as the best is named and not timed, where its steps take WORTH_SAVING."""
+WORTH_SAVING = 0.1
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Bench:
     def __init__(self, options: Options, backend: str) -> None:
         self.options, self.backend = options, backend
         self.begun = time.monotonic()
+        self._said: set[tuple[str, str]] = set()
         device = options.device
         self.dtype = DTYPES[options.dtype]
         self.width = self.dtype.itemsize
@@ -135,26 +140,33 @@ class Bench:
             return []
         inputs = make_inputs(shape, work, self.dtype, options.device)
         try:
-            parts = our_parts(inputs)
-            parts["whole"]()
+            parts = {kind: our_parts(inputs, select) for kind, select in selections(inputs).items()}
+            for ours in parts.values():
+                ours["whole"]()
         except torch.OutOfMemoryError:
             _say(f"{title}: left out, our side ran out of memory")
             return []
         rivals = self._rivals(inputs, title)
-        contestants = {f"ours {name}": step for name, step in parts.items()} | rivals
+        contestants = dict(rivals)
+        for kind, ours in parts.items():
+            contestants |= {f"{kind} {name}": step for name, step in ours.items()}
         graphs: dict[str, bool] = {}
         if work.phase == "decode":
             pairs = {name: captured(step, options.device) for name, step in contestants.items()}
             contestants = {name: step for name, (step, _) in pairs.items()}
             graphs = {name: worked for name, (_, worked) in pairs.items()}
         timings = interleaved(contestants, options.device, options.seconds)
-        combine = _combine_ms(parts["attention"], options.device)
-        ours = {name.removeprefix("ours "): t for name, t in timings.items() if name.startswith("ours ")}
-        rows = [self.row(work, ours, combine, graphs, name, timings[name]) for name in rivals]
-        _say(
-            f"{title}: "
-            + ", ".join([f"msa {ours['whole'].ms:.3g} ms"] + [f"{r} {timings[r].ms:.3g}" for r in rivals])
-        )
+        told = [f"{name} {timings[name].ms:.3g}" for name in rivals]
+        rows = []
+        for kind, ours in parts.items():
+            mine = {name: timings[f"{kind} {name}"] for name in ours}
+            combine = _combine_ms(ours["attention"], options.device)
+            graph = graphs.get(f"{kind} whole", False)
+            for name in rivals:
+                row = self.row(work, kind, mine, combine, name, timings[name])
+                rows.append({**row, "cuda_graph": graph, "rival_cuda_graph": graphs.get(name, False)})
+            told.append(f"msa with {kind} index keys {mine['whole'].ms:.3g} ms")
+        _say(f"{title}: {', '.join(told)}")
         return rows
 
     def _rivals(self, inputs: Inputs, title: str) -> dict[str, Step]:
@@ -163,15 +175,26 @@ class Bench:
             _say(f"{title}: every rival left out, a step would take more than {self.longest:.0f} s")
             return {}
         steps: dict[str, Step] = {}
+        seconds: dict[str, float] = {}
         for name, build in RIVALS.items():
             try:
-                steps[name] = build(inputs)
-                steps[name]()
+                step = build(inputs)
+                step()  # whatever is compiled the first time
+                seconds[name] = sample(step, 1, self.options.device)
+                steps[name] = step
             except (Unusable, RuntimeError, ValueError, TypeError, ImportError) as error:
                 # The others are what packages and torch itself say where they cannot take a shape or device.
-                steps.pop(name, None)
-                _say(f"{title}: no {name} ({str(error).strip().splitlines()[0][:120]})")
+                self._leave_out(title, name, str(error).strip().splitlines()[0][:120])
+        for name, taken in seconds.items():
+            if taken > max(WORTH_SAVING, HOPELESS * min(seconds.values())):
+                del steps[name]
+                self._leave_out(title, name, f"more than {HOPELESS} times as slow as another rival")
         return steps
+
+    def _leave_out(self, title: str, name: str, why: str) -> None:
+        if (name, why) not in self._said:
+            _say(f"{title}: no {name} ({why})")
+        self._said.add((name, why))
 
     def _seconds(self, flops: int, size: int) -> float:
         return max(flops / self.rate, size / self.bandwidth) / EFFICIENCY
@@ -193,9 +216,9 @@ class Bench:
     def row(
         self,
         work: Work,
+        kind: str,
         ours: dict[str, Timing],
         combine: float | None,
-        graphs: dict[str, bool],
         rival: str,
         theirs: Timing,
     ) -> dict[str, Any]:
@@ -207,7 +230,8 @@ class Bench:
         of its own for it, and null then. Fractions are of the bandwidth and matmul rate measured in this run.
         """
         options, shape, whole = self.options, self.options.shape, ours["whole"]
-        flops, size = work.flops(shape), work.bytes(shape, self.width, self.width)
+        index_width = INDEX_BYTES[kind]
+        flops, size = work.flops(shape), work.bytes(shape, self.width, index_width)
         dense_flops, dense_size = work.dense_flops(shape), work.dense_bytes(shape, self.width)
         loss = ours.get("index loss")
         return {
@@ -217,7 +241,7 @@ class Bench:
             "queries": work.queries,
             "keys": work.keys,
             "dtype": options.dtype,
-            "index_dtype": options.dtype,
+            "index_dtype": kind,
             "rival": rival,
             "rival_ms": theirs.ms,
             "rival_ms_low": theirs.low,
@@ -227,7 +251,7 @@ class Bench:
             "ms_high": whole.high,
             "rounds": whole.rounds,
             "speedup": theirs.ms / whole.ms,
-            "limit": work.limit(shape, self.width, self.width),
+            "limit": work.limit(shape, self.width, index_width),
             "selection_ms": ours["selection"].ms,
             "attention_ms": ours["attention"].ms - (combine or 0.0),
             "combine_ms": combine,
@@ -243,8 +267,6 @@ class Bench:
             "bandwidth_bytes_per_second": self.bandwidth,
             "matmul_flops_per_second": self.rate,
             "backend": self.backend,
-            "cuda_graph": graphs.get("ours whole", False),
-            "rival_cuda_graph": graphs.get(rival, False),
             "shape": f"{shape.heads}/{shape.groups}/{shape.dim} index {shape.index_dim} "
             f"block {shape.block_size} k {shape.top_k}",
             **{key: self.about[key] for key in ("utc", "commit", "dirty", "torch", "triton", "numba")},

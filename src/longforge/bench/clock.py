@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "captured", "interleaved", "matmul_rate", "read_rate"]
+__all__ = ["Timing", "captured", "interleaved", "matmul_rate", "read_rate", "sample"]
 
 Step = Callable[[], object]
 SHORTEST = 2e-3
@@ -32,14 +32,14 @@ def interleaved(
     total = 0.0
     for name, step in contestants.items():
         step()  # whatever is compiled, cached or allocated the first time
-        once = _sample(step, 1, device)
+        once = sample(step, 1, device)
         repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
         total += once * repeats[name]
     rounds = max(3, min(most_rounds, int(seconds / max(total, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, step in contestants.items():
-            samples[name].append(1e3 * _sample(step, repeats[name], device))
+            samples[name].append(1e3 * sample(step, repeats[name], device))
     return {name: _timing(values) for name, values in samples.items()}
 
 
@@ -48,8 +48,8 @@ def _timing(samples: list[float]) -> Timing:
     return Timing(middle, low, high, len(samples))
 
 
-def _sample(step: Step, repeats: int, device: torch.device) -> float:
-    """Seconds of one step."""
+def sample(step: Step, repeats: int, device: torch.device) -> float:
+    """Seconds of one step, from `repeats` of them in a row."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(repeats):

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from longforge.bench.clock import Step
-from longforge.bench.inputs import Inputs
+from longforge.bench.inputs import DTYPES, Inputs
 from longforge.kernels.checks import backend_name
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.dense_attention.api import BACKENDS as DENSE_BACKENDS
@@ -24,7 +24,7 @@ from longforge.kernels.index_loss import index_loss
 from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.sparse_attention import sparse_attention
 
-__all__ = ["RIVALS", "Unusable", "our_parts"]
+__all__ = ["INDEX_BYTES", "RIVALS", "Unusable", "our_parts", "selections"]
 
 
 class Unusable(Exception):
@@ -34,39 +34,45 @@ class Unusable(Exception):
 # --- ours ---------------------------------------------------------------------------------------------------
 
 
-def our_parts(inputs: Inputs, backend: str | None = None) -> dict[str, Step]:
+Select = Callable[[], Tensor]
+"""Gives the selected blocks, int32 [n, Hkv, K]."""
+
+
+def selections(i: Inputs) -> dict[str, Select]:
+    """Index dtype -> selection over index keys that are kept in it."""
+    name = next(name for name, dtype in DTYPES.items() if dtype == i.q.dtype)
+    return {name: lambda: select_blocks(i.index_q, i.index_k_pages, i.layout, i.shape.top_k)}
+
+
+INDEX_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of one channel of an index key."""
+
+
+def our_parts(i: Inputs, selection: Select) -> dict[str, Step]:
     """The whole step and its parts by themselves: "whole", "selection", "attention", and in training "index
     loss"; there the parts include their backward passes."""
-    i, top_k = inputs, inputs.shape.top_k
-
-    @torch.no_grad()
-    def selection() -> Tensor:
-        return select_blocks(i.index_q, i.index_k_pages, i.layout, top_k, backend=backend)
-
     blocks = selection()
     if i.work.phase == "train":
-        return {"selection": selection, **_training_parts(i, selection, blocks, backend)}
+        return {"selection": selection, **_training_parts(i, selection, blocks)}
 
     @torch.no_grad()
     def attention(chosen: Tensor = blocks) -> Tensor:
-        return sparse_attention(i.q, i.k_pages, i.v_pages, chosen, i.layout, backend=backend)[0]
+        return sparse_attention(i.q, i.k_pages, i.v_pages, chosen, i.layout)[0]
 
     return {"whole": lambda: attention(selection()), "selection": selection, "attention": attention}
 
 
-def _training_parts(
-    i: Inputs, selection: Callable[[], Tensor], blocks: Tensor, backend: str | None
-) -> dict[str, Step]:
+def _training_parts(i: Inputs, selection: Select, blocks: Tensor) -> dict[str, Step]:
     q, k, v, index_q, index_k = (
         x.clone().requires_grad_() for x in (i.q, i.k_pages, i.v_pages, i.index_q, i.index_k_pages)
     )
     cotangent = torch.randn_like(i.q)
 
     def attend(chosen: Tensor) -> Tensor:
-        return sparse_attention(q, k, v, chosen, i.layout, backend=backend)[0]
+        return sparse_attention(q, k, v, chosen, i.layout)[0]
 
     def loss(chosen: Tensor) -> Tensor:
-        return index_loss(index_q, index_k, q, k, chosen, i.layout, backend=backend)
+        return index_loss(index_q, index_k, q, k, chosen, i.layout)
 
     def whole() -> object:
         chosen = selection()

@@ -2,9 +2,10 @@
 
 Each operation is an operator too, `torch.ops.longforge.<operation>`, with a fake implementation and a
 gradient: what torch.compile, export and fake tensors need to see. Its public function goes through the
-operator only when one of these looks (`is_traced`). Otherwise it calls the backend itself: the dispatcher and
-the operator's wrapping cost tens of microseconds, which a decode step pays in every layer, and the backend's
-own autograd keeps what its backward pass needs.
+operator only when one of these looks (`is_traced`). Otherwise it calls the backend itself: dispatcher and
+wrapping add about ten microseconds to a call (sparse attention over 20 tokens on a CPU: 18 without, 29 with),
+which a decode step would pay in every layer, and the backend's own autograd keeps what its backward pass
+needs.
 
 An operator keeps its inputs alone. Its backward pass, an operator too, computes the forward once more under
 the backend's autograd (`gradients`): the price of a compiled training step.

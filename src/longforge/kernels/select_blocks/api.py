@@ -53,12 +53,12 @@ def select_blocks(
     name = "select_blocks"
     check_shape(name, "index_q", index_q, (None, None, None), "[N, Hkv, Di]")
     check_same_kind(name, index_q=index_q, index_k_pages=index_k_pages)
-    chosen = backend_name(name, BACKENDS, backend, index_q.device, index_q.dtype)
     check_layout(name, layout, index_q.shape[0], index_q.device)
     check_pages(name, "index_k_pages", index_k_pages, layout)
     check_shape(name, "index_k_pages", index_k_pages, (None, None, index_q.shape[2]), "[S, Bk, Di]")
     if top_k < 1:
         raise InputError(f"{name}: top_k of at least 1 expected (the query's own block), got {top_k}")
+    chosen = backend_name(name, BACKENDS, backend, index_q.device, index_q.dtype)
     check_strides(name, chosen, index_k_pages=index_k_pages)
     index_q, index_k_pages = index_q.detach(), index_k_pages.detach()
     if is_traced(index_q):
