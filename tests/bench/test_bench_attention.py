@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longforge.bench import attention as room
-from longforge.bench.attention import Options, bench_attention, device_of
+from longforge.bench.attention import Options, device_of
 from longforge.bench.clock import interleaved
 from longforge.bench.command import attention as command
 from longforge.bench.contestants import RIVALS, Unusable, our_parts, selections
@@ -35,6 +35,10 @@ def quick_rates(monkeypatch: pytest.MonkeyPatch):
     """The machine's rates are measured in a second each; here any number does."""
     monkeypatch.setattr(room, "read_rate", lambda device: 1e10)
     monkeypatch.setattr(room, "matmul_rate", lambda device, dtype: 1e11)
+
+
+def bench_attention(given: Options) -> list[dict[str, Any]]:
+    return [row for point in room.bench_attention(given) for row in point]
 
 
 def options(**changes: Any) -> Options:

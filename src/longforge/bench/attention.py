@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,13 +65,14 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def bench_attention(options: Options) -> list[dict[str, Any]]:
-    """One row for each (phase, length, rival). See `Bench.row` for the columns.
+def bench_attention(options: Options) -> Iterator[list[dict[str, Any]]]:
+    """Point after point (phase and length): its rows, one for each rival and index dtype. See `Bench.row` for
+    the columns.
 
     What happens, and what is left out and why, is told on stderr. Raises CheckError where our path differs
     from the reference, InputError for options that do not go together.
     """
-    device = options.device
+    begun, device = time.monotonic(), options.device
     chosen = backend_name("sparse_attention", BACKENDS, None, device, DTYPES[options.dtype])
     if chosen == "reference":
         raise InputError(
@@ -84,17 +85,15 @@ def bench_attention(options: Options) -> list[dict[str, Any]]:
     for phase in options.phases:
         check_operation(phase, options.shape, DTYPES[options.dtype], device)
     _say(f"check against the reference passed: {', '.join(options.phases)}")
-    bench = Bench(options, chosen)
-    rows: list[dict[str, Any]] = []
+    bench = Bench(options, chosen, begun)
     for phase in options.phases:
         for length in sorted(options.lengths):
             if bench.out_of_time():
                 _say(f"{phase} {length}: left out, the time is up")
                 continue
-            rows += bench.point(Work.of(phase, length, options.chunk or CHUNK[device.type]))
+            yield bench.point(Work.of(phase, length, options.chunk or CHUNK[device.type]))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return rows
 
 
 def _say(text: str) -> None:
@@ -104,9 +103,8 @@ def _say(text: str) -> None:
 class Bench:
     """The measured machine and what it has been asked."""
 
-    def __init__(self, options: Options, backend: str) -> None:
-        self.options, self.backend = options, backend
-        self.begun = time.monotonic()
+    def __init__(self, options: Options, backend: str, begun: float) -> None:
+        self.options, self.backend, self.begun = options, backend, begun
         self._said: set[tuple[str, str]] = set()
         device = options.device
         self.dtype = DTYPES[options.dtype]

@@ -52,9 +52,11 @@ def attention(
         minutes=minutes,
         longest=longest,
     )
-    rows = bench_attention(options)
-    if out is not None:
-        write_json_atomic(out, rows)
+    rows: list[dict[str, Any]] = []
+    for point in bench_attention(options):
+        rows += point
+        if out is not None:  # after each point: what was measured stays, whatever stops the next one
+            write_json_atomic(out, rows)
     if plot is not None and rows:
         draw(rows, plot)
     print(_dumps(rows) if json else table(rows))
