@@ -124,9 +124,12 @@ def test_the_operator_keeps_torchs_contract(make: Callable[..., Any], backend: s
 @each_backend
 def test_the_operators_without_a_gradient_keep_it_too(backend: str):
     inputs, _ = msa_inputs()
-    selection = torch.ops.longforge.select_blocks.default
-    arguments = (inputs.index_q, inputs.index_k, *inputs.layout.parts, CASE.top_k, backend)
-    torch.library.opcheck(selection, arguments)
+
+    def select() -> Tensor:
+        return select_blocks(inputs.index_q, inputs.index_k, inputs.layout, CASE.top_k, backend=backend)
+
+    operator, arguments = operator_call(lambda _: (select, []), backend)
+    torch.library.opcheck(operator, arguments)
     i = make_lightning(LightningCase((9, 1, 6), 2, 4, 4))
     states = torch.zeros(i.layout.pages, 2, 4, 4)
     step = torch.ops.longforge.lightning_attention_step.default
