@@ -38,9 +38,13 @@ format: setup
 base-model: setup
 	$(BIN)/python scripts/base_model.py
 
-# For a machine with a CUDA device and its own Python packages: runs the tree from src/, installs nothing.
+# For a machine with a CUDA device and its own Python packages: runs the tree from src/, installs nothing. The tests
+# of the operations first, then the benchmark, which ends with a short table; together at most nine minutes.
+OUT ?= runs/gpu
 gpu:
-	PYTHONPATH=src $(PY) -m pytest -m gpu tests $(if $(OUT),--junitxml=$(OUT)/gpu.xml)
+	mkdir -p $(OUT)
+	PYTHONPATH=src timeout 270 $(PY) -m pytest -m gpu tests/gpu tests/kernels --junitxml=$(OUT)/gpu.xml
+	PYTHONPATH=src timeout 260 $(PY) -m longforge.bench attention --device cuda --minutes 3 --out $(OUT)/attention.json
 
 clean:
 	rm -rf .venv .cache build dist

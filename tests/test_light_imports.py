@@ -14,6 +14,8 @@ LIGHT = [
     "longforge.observe",
     "longforge.chat",
     "longforge.cli",
+    "longforge.kernels",
+    "longforge.bench",
 ]
 
 
@@ -35,7 +37,10 @@ def test_the_check_itself_sees_a_heavy_package() -> None:
     assert _loaded("import tensorboard") == ["tensorboard"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["forge", "run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["serve", "--help"], ["forge", "run", "--help"], ["bench", "attention", "--help"]],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"

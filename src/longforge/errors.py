@@ -5,6 +5,7 @@
     ├── CheckpointError       a model folder: missing, truncated, wrong shape, unknown architecture
     ├── InputError            an argument of a public function or a command
     │   └── ContextOverflow   a prompt that does not fit the model's context
+    ├── CheckError            a benchmark's own check failed: it reports nothing
     ├── EngineError           the engine cannot do what was asked in its present state
     ├── ToolError             a tool call of the agent that was refused (path outside the tree, bad range)
     └── RunError              a run folder: in use, not a run, not resumable
@@ -13,6 +14,7 @@ A message is one line: the thing, what was expected, what came, what to do.
 """
 
 __all__ = [
+    "CheckError",
     "CheckpointError",
     "ConfigError",
     "ContextOverflow",
@@ -49,6 +51,10 @@ class ContextOverflow(InputError):
         super().__init__(
             f"prompt: at most {context} tokens fit the context, got {prompt_tokens}; shorten the conversation"
         )
+
+
+class CheckError(LongforgeError):
+    """What a benchmark would measure differs from the reference."""
 
 
 class EngineError(LongforgeError):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from longforge import __version__
-from longforge.cli import chat, forge, info, serve, train
+from longforge.cli import bench, chat, forge, info, serve, train
 from longforge.errors import LongforgeError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.add_typer(train.app, name="train")
 app.add_typer(forge.app, name="forge")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,9 +14,13 @@ packed token names its path and absolute position; block b of path p is physical
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from longforge.errors import InputError
 
 __all__ = ["PackedLayout", "as_pages"]
 
@@ -35,10 +39,18 @@ class PackedLayout:
     """int32 [P, M], physical page of each logical block, -1 where there is none."""
     block_size: int
 
-    @property
+    @cached_property
     def pages(self) -> int:
-        """Number of physical pages that this layout's own slots need (training: no pool exists yet)."""
+        """Number of physical pages that this layout's own slots need (training: no pool exists yet).
+
+        Read from the table once; on a GPU that first time waits for the device.
+        """
         return int(self.page_table.max()) + 1
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """(positions, paths, slots, page_table, block_size): what operators and `PackedLayout(*...)` take."""
+        return self.positions, self.paths, self.slots, self.page_table, self.block_size
 
     @staticmethod
     def from_lengths(
@@ -55,15 +67,41 @@ class PackedLayout:
         paths = torch.repeat_interleave(torch.arange(len(n)), n)
         positions = torch.arange(int(n.sum())) - (torch.cumsum(n, 0) - n)[paths]
         slots = first_page[paths] * block_size + positions
-        logical = torch.arange(int(blocks.max()))
+        logical = torch.arange(int(blocks.max()) if len(n) else 0)
         table = torch.where(logical < blocks[:, None], first_page[:, None] + logical, -1)
-        return PackedLayout(
+        layout = PackedLayout(
             positions.to(device),
             paths.to(device),
             slots.to(device),
             table.to(torch.int32).to(device),
             block_size,
         )
+        # Known here without asking the device.
+        layout.__dict__["pages"] = int(blocks.sum())
+        return layout
+
+    @staticmethod
+    def from_cu_seqlens(
+        cu_seqlens: Tensor | Sequence[int], block_size: int, device: torch.device | str = "cpu"
+    ) -> "PackedLayout":
+        """Whole sequences side by side, the i-th in rows cu_seqlens[i] .. cu_seqlens[i + 1] - 1.
+
+        cu_seqlens: integers [B + 1], 0 first, never falling; sequences of no tokens are left out. On a GPU
+        its values are read, which waits for the device: build one layout for all layers.
+        Raises InputError for anything else.
+        """
+        name = "cu_seqlens"
+        if isinstance(cu_seqlens, Tensor):
+            if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+                raise InputError(
+                    f"{name}: integers [B + 1] expected, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+                )
+            cu_seqlens = cu_seqlens.tolist()
+        ends = list(cu_seqlens)
+        if len(ends) < 2 or ends[0] != 0 or any(b < a for a, b in pairwise(ends)):
+            raise InputError(f"{name}: B + 1 numbers that start at 0 and never fall expected, got {ends[:9]}")
+        lengths = [b - a for a, b in pairwise(ends) if b > a]
+        return PackedLayout.from_lengths(lengths, block_size, device)
 
 
 def as_pages(packed: Tensor, layout: PackedLayout) -> Tensor:

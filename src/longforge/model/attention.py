@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.index_loss import index_loss, selection_recall
 from longforge.kernels.lightning_attention import decay_slopes, lightning_attention
+from longforge.kernels.rotary import rotate
 from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.sparse_attention import sparse_attention
 from longforge.model.config import ModelConfig
 from longforge.model.norms import RMSNorm
-from longforge.model.rotary import rotate
 from longforge.model.step import Step
 
 __all__ = ["DenseAttention", "LightningAttention", "SparseAttention", "mixer"]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from longforge.errors import ContextOverflow, InputError
 from longforge.kernels.layout import PackedLayout
+from longforge.kernels.rotary import rotary_table
 from longforge.model.cache import KVCache
 from longforge.model.config import ModelConfig
 from longforge.model.decoder import Decoder
 from longforge.model.experts import Experts, Router
 from longforge.model.mtp import MTPModule
 from longforge.model.norms import RMSNorm
-from longforge.model.rotary import rotary_table
 from longforge.model.step import Phase, Step
 
 __all__ = ["CausalLM", "PackedOutput"]

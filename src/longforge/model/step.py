@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout, as_pages
+from longforge.kernels.rotary import Rotary
 from longforge.model.cache import KVCache
-from longforge.model.rotary import Rotary
 
 __all__ = ["Phase", "Step"]
 

@@ -4,13 +4,39 @@ import torch
 from torch import Tensor
 
 from longforge.errors import InputError
-from longforge.kernels.checks import check_layout, check_pages, check_same_kind, check_shape, choose_backend
-from longforge.kernels.dense_attention import cpu, reference
+from longforge.kernels.checks import (
+    backend_name,
+    check_heads,
+    check_layout,
+    check_pages,
+    check_same_kind,
+    check_shape,
+    check_strides,
+    without_autocast,
+)
+from longforge.kernels.dense_attention import cpu, operator, reference
 from longforge.kernels.layout import PackedLayout
+from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "dense_attention"]
 
 BACKENDS = {"cpu": cpu.dense_attention, "reference": reference.dense_attention}
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    layout: PackedLayout,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(q.device):
+        return BACKENDS[backend](q, k_pages, v_pages, layout, window, scale)
+
+
+OPERATOR = operator.define(_run)
 
 
 def dense_attention(
@@ -32,7 +58,10 @@ def dense_attention(
     Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
     Under torch.autocast inputs of several dtypes are taken in autocast's, as torch's own attention does.
-    Raises InputError for shapes that do not fit together and for a window below 1.
+    Under torch.compile the call is the operator torch.ops.longforge.dense_attention; elsewhere it goes
+    straight to the backend (see kernels/traced.py).
+    Raises InputError for shapes, dtypes or devices that do not fit together, for strides that the backend
+    cannot take, and for a window below 1.
     """
     name = "dense_attention"
     if torch.is_autocast_enabled(q.device.type) and not q.dtype == k_pages.dtype == v_pages.dtype:
@@ -40,17 +69,15 @@ def dense_attention(
         q, k_pages, v_pages = q.to(dtype), k_pages.to(dtype), v_pages.to(dtype)
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
-    check_layout(name, layout, q.shape[0])
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
+    check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
-    check_shape(name, "k_pages", k_pages, (None, None, None, q.shape[2]), "[S, Bk, Hkv, D]")
+    check_heads(name, q, k_pages)
     check_shape(name, "v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
-    if q.shape[1] % k_pages.shape[2]:
-        raise InputError(
-            f"{name}: query heads a multiple of the {k_pages.shape[2]} kv heads expected, got {q.shape[1]}"
-        )
     if window is not None and window < 1:
         raise InputError(f"{name}: window of at least 1 position expected (the query's own), got {window}")
-    compute = choose_backend(name, BACKENDS, backend, q.device)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
-        return compute(q, k_pages, v_pages, layout, window, scale)
+    check_strides(name, chosen, k_pages=k_pages, v_pages=v_pages)
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    if is_traced(q):
+        return OPERATOR(q, k_pages, v_pages, *layout.parts, window, factor, chosen)
+    return _run(chosen, q, k_pages, v_pages, layout, window, factor)

@@ -6,13 +6,32 @@ import torch
 from torch import Tensor
 
 from longforge.errors import InputError
-from longforge.kernels.checks import FLOATS, check_same_kind, check_shape, choose_backend
-from longforge.kernels.grouped_experts import cpu, reference
+from longforge.kernels.checks import FLOATS, backend_name, check_same_kind, check_shape
+from longforge.kernels.grouped_experts import cpu, operator, reference
+from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "Activation", "grouped_experts"]
 
 Activation = Literal["silu", "swiglu_oai"]
 BACKENDS = {"cpu": cpu.grouped_experts, "reference": reference.grouped_experts}
+
+
+def _run(
+    backend: str,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    _check_ids(expert_ids, gate_up.shape[0])
+    return BACKENDS[backend](x, gate_up, down, expert_ids, weights, activation, alpha, limit)
+
+
+OPERATOR = operator.define(_run)
 
 
 def grouped_experts(
@@ -37,7 +56,10 @@ def grouped_experts(
     Returns [N, d] in x's dtype. Gradients reach x, gate_up, down and weights; an expert without tokens gets
     zeros.
     Under torch.autocast the matrix products run in autocast's dtype; gradients keep each input's dtype.
-    Raises InputError for shapes that do not fit together, an id outside 0..E-1, or an unknown activation.
+    Under torch.compile the call is the operator torch.ops.longforge.grouped_experts; elsewhere it goes
+    straight to the backend (see kernels/traced.py).
+    Raises InputError for shapes, dtypes or devices that do not fit together, for an id outside 0..E-1 (looked
+    for on the CPU alone), and for an unknown activation.
     """
     name = "grouped_experts"
     check_shape(name, "x", x, (None, None), "[N, d]")
@@ -53,16 +75,24 @@ def grouped_experts(
         check_same_kind(name, x=x, gate_up=gate_up, down=down)
     if weights.dtype not in FLOATS:
         raise InputError(f"{name}: weights of a floating dtype expected, got {weights.dtype}")
-    _check_ids(expert_ids, gate_up.shape[0])
+    if expert_ids.dtype != torch.int64:
+        raise InputError(f"{name}: expert_ids in int64 expected, got {expert_ids.dtype}")
+    if not x.device == gate_up.device == expert_ids.device == weights.device:
+        raise InputError(
+            f"{name}: gate_up, expert_ids and weights on {x.device} like x expected, got {gate_up.device}, "
+            f"{expert_ids.device} and {weights.device}"
+        )
     if activation not in ("silu", "swiglu_oai"):
         raise InputError(f"{name}: activation 'silu' or 'swiglu_oai' expected, got {activation!r}")
-    compute = choose_backend(name, BACKENDS, backend, x.device)
-    return compute(x, gate_up, down, expert_ids, weights, activation, alpha, limit)
+    chosen = backend_name(name, BACKENDS, backend, x.device, x.dtype)
+    if is_traced(x):
+        device = x.device.type
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return OPERATOR(x, gate_up, down, weights, expert_ids, activation, alpha, limit, products, chosen)
+    return _run(chosen, x, gate_up, down, expert_ids, weights, activation, alpha, limit)
 
 
 def _check_ids(expert_ids: Tensor, experts: int) -> None:
-    if expert_ids.dtype != torch.int64:
-        raise InputError(f"grouped_experts: expert_ids in int64 expected, got {expert_ids.dtype}")
     # On a GPU the check would wait for the device, so there the indexing itself has to fail.
     if expert_ids.device.type != "cpu" or not expert_ids.numel():
         return

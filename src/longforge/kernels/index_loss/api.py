@@ -5,19 +5,47 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import (
+    backend_name,
+    check_blocks,
     check_heads,
     check_layout,
     check_pages,
     check_same_kind,
     check_shape,
-    choose_backend,
+    check_strides,
+    without_autocast,
 )
-from longforge.kernels.index_loss import cpu, reference
+from longforge.kernels.index_loss import cpu, operator, reference
 from longforge.kernels.layout import PackedLayout
+from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "index_loss"]
 
 BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
+
+
+def _run(
+    backend: str,
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    blocks: Tensor | None,
+    layout: PackedLayout,
+    scale: float,
+    index_scale: float,
+    weights: Tensor,
+) -> Tensor:
+    # On a GPU the check would wait for the device at every step.
+    if weights.device.type == "cpu" and weights.numel() and not float(weights.min()) >= 0:
+        raise InputError(f"index_loss: weights of at least 0 expected, got {float(weights.min())}")
+    with without_autocast(q.device):
+        return BACKENDS[backend](
+            index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights
+        )
+
+
+OPERATOR = operator.define(_run)
 
 
 def index_loss(
@@ -45,13 +73,18 @@ def index_loss(
     scale          default D ** -0.5    index_scale    default Di ** -0.5
     weights        [N] of at least 0, default 1: how often a token counts. The divisor is sum(weights) * Hkv;
                    with no weight at all the loss is 0.
-    Returns a scalar, fp32 (fp64 for fp64 inputs). Raises InputError for shapes that do not fit together.
+    Returns a scalar, fp32 (fp64 for fp64 inputs). torch.autocast changes nothing here. Under torch.compile
+    the call is the operator torch.ops.longforge.index_loss; elsewhere it goes straight to the backend (see
+    kernels/traced.py).
+    Raises InputError for shapes, dtypes or devices that do not fit together, for strides that the backend
+    cannot take, and for a weight below 0 (looked for on the CPU alone).
     """
     name = "index_loss"
     check_shape(name, "index_q", index_q, (q.shape[0], None, None), "[N, Hkv, Di]")
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, index_q=index_q, index_k_pages=index_k_pages, q=q, k_pages=k_pages)
-    check_layout(name, layout, q.shape[0])
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
+    check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
     groups = k_pages.shape[2]
@@ -59,28 +92,22 @@ def index_loss(
     wanted = (k_pages.shape[0], k_pages.shape[1], index_q.shape[2])
     check_shape(name, "index_k_pages", index_k_pages, wanted, "[S, Bk, Di]")
     if blocks is not None:
-        check_shape(name, "blocks", blocks, (q.shape[0], groups, None), "[N, Hkv, K]")
-    weights = _checked_weights(weights, q)
-    compute = choose_backend(name, BACKENDS, backend, q.device)
-    return compute(
-        index_q,
-        index_k_pages,
-        q.detach(),
-        k_pages.detach(),
-        blocks,
-        layout,
-        q.shape[2] ** -0.5 if scale is None else scale,
-        index_q.shape[2] ** -0.5 if index_scale is None else index_scale,
-        weights,
-    )
+        check_blocks(name, blocks, q, groups)
+    weights = _in_full(weights, q)
+    check_strides(name, chosen, index_k_pages=index_k_pages, k_pages=k_pages)
+    q, k_pages = q.detach(), k_pages.detach()
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    index_factor = float(index_q.shape[2] ** -0.5 if index_scale is None else index_scale)
+    if is_traced(q):
+        tensors = index_q, index_k_pages, q, k_pages, blocks, weights
+        return OPERATOR(*tensors, *layout.parts, factor, index_factor, chosen)
+    return _run(chosen, index_q, index_k_pages, q, k_pages, blocks, layout, factor, index_factor, weights)
 
 
-def _checked_weights(weights: Tensor | None, q: Tensor) -> Tensor:
+def _in_full(weights: Tensor | None, q: Tensor) -> Tensor:
     """[N] in the dtype of the computation."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if weights is None:
         return torch.ones(q.shape[0], dtype=dtype, device=q.device)
     check_shape("index_loss", "weights", weights, (q.shape[0],), "[N]")
-    if weights.numel() and not float(weights.detach().min()) >= 0:
-        raise InputError(f"index_loss: weights of at least 0 expected, got {float(weights.min())}")
     return weights.detach().to(device=q.device, dtype=dtype)

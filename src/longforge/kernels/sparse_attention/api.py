@@ -3,19 +3,39 @@
 from torch import Tensor
 
 from longforge.kernels.checks import (
+    backend_name,
+    check_blocks,
     check_heads,
     check_layout,
     check_pages,
     check_same_kind,
     check_shape,
-    choose_backend,
+    check_strides,
+    without_autocast,
 )
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.sparse_attention import cpu, reference
+from longforge.kernels.sparse_attention import cpu, operator, reference
+from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "sparse_attention"]
 
 BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
+
+
+def _run(
+    backend: str,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    blocks: Tensor,
+    layout: PackedLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(q.device):
+        return BACKENDS[backend](q, k_pages, v_pages, blocks, layout, scale)
+
+
+OPERATOR = operator.define(_run)
 
 
 def sparse_attention(
@@ -37,15 +57,23 @@ def sparse_attention(
     scale    default D ** -0.5
     Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
-    Raises InputError for shapes that do not fit together.
+    torch.autocast changes nothing here: scores and sums are at least fp32. Under torch.compile the call is
+    the operator torch.ops.longforge.sparse_attention; elsewhere it goes straight to the backend (see
+    kernels/traced.py).
+    Raises InputError for shapes, dtypes or devices that do not fit together, and for strides that the backend
+    cannot take.
     """
     name = "sparse_attention"
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
-    check_layout(name, layout, q.shape[0])
+    chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
+    check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
     check_shape(name, "v_pages", v_pages, tuple(k_pages.shape), "like k_pages")
-    check_shape(name, "blocks", blocks, (q.shape[0], k_pages.shape[2], None), "[N, Hkv, K]")
-    compute = choose_backend(name, BACKENDS, backend, q.device)
-    return compute(q, k_pages, v_pages, blocks, layout, q.shape[2] ** -0.5 if scale is None else scale)
+    check_blocks(name, blocks, q, k_pages.shape[2])
+    check_strides(name, chosen, k_pages=k_pages, v_pages=v_pages)
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    if is_traced(q):
+        return OPERATOR(q, k_pages, v_pages, blocks, *layout.parts, factor, chosen)
+    return _run(chosen, q, k_pages, v_pages, blocks, layout, factor)
