@@ -4,21 +4,72 @@ import torch
 from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.prefixes import prefixes
+from longforge.kernels.prefixes import Prefix, prefixes
+from longforge.kernels.select_blocks.low_precision import LowPrecisionKeys
 
-__all__ = ["select_blocks", "token_scores"]
+__all__ = ["certified_select_blocks", "select_blocks", "token_scores"]
 
 
-def select_blocks(index_q: Tensor, index_k_pages: Tensor, layout: PackedLayout, top_k: int) -> Tensor:
-    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di] -> int32 [N, Hkv, K]."""
+def select_blocks(
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    layout: PackedLayout,
+    top_k: int,
+    index_k_scales: Tensor | None = None,
+) -> Tensor:
+    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], index_k_scales [S, Bk] -> int32 [N, Hkv, K]."""
     n, groups, _ = index_q.shape
     selected = torch.full((n, groups, top_k), -1, dtype=torch.int32, device=index_q.device)
     for path in prefixes(layout):
-        scores = token_scores(index_q[path.rows], path.keys(index_k_pages))
-        scores = scores.masked_fill(~path.causal()[:, None, :], float("-inf"))  # before the maximum
+        maxima = visible_maxima(index_q[path.rows], index_k_pages, index_k_scales, path, layout.block_size)
         own = path.positions // layout.block_size
-        selected[path.rows] = best_blocks(block_maxima(scores, layout.block_size), own, top_k)
+        selected[path.rows] = best_blocks(maxima, own, top_k)
     return selected
+
+
+def certified_select_blocks(
+    index_q: Tensor, index_k_pages: Tensor, low: LowPrecisionKeys, layout: PackedLayout, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The selection where only blocks that can matter are looked at in full, and how many those are.
+
+    Returns int32 [N, Hkv, K] and int32 [N, Hkv].
+    """
+    n, groups, _ = index_q.shape
+    selected = torch.full((n, groups, top_k), -1, dtype=torch.int32, device=index_q.device)
+    opened = torch.zeros((n, groups), dtype=torch.int32, device=index_q.device)
+    for path in prefixes(layout):
+        q, size = index_q[path.rows], layout.block_size
+        own = path.positions // size
+        scanned = visible_maxima(q, low.codes, low.scales, path, size)
+        pages = path.key_rows[::size] // size
+        reach = low.radius[pages] * q.float().norm(dim=2, keepdim=True)
+        before = torch.arange(scanned.shape[2], device=own.device) < own[:, None, None]
+        lower = torch.where(before, scanned - reach, float("-inf"))
+        # The K-1-th greatest lower bound. A block of the K-1 best has a score, hence an upper bound, of at
+        # least that; with fewer blocks than K-1 all are opened.
+        rank = min(top_k - 1, lower.shape[2])
+        bar = (
+            lower.topk(rank, dim=2).values[..., -1:]
+            if rank
+            else torch.full_like(lower[..., :1], float("inf"))
+        )
+        wanted = before & (scanned + reach >= bar)
+        maxima = visible_maxima(q, index_k_pages, None, path, size)
+        selected[path.rows] = best_blocks(torch.where(wanted, maxima, float("-inf")), own, top_k)
+        opened[path.rows] = wanted.sum(2, dtype=torch.int32)
+    return selected, opened
+
+
+def visible_maxima(
+    index_q: Tensor, pages: Tensor, scales: Tensor | None, path: Prefix, block_size: int
+) -> Tensor:
+    """index_q [n, Hkv, Di] of a path -> fp32 [n, Hkv, blocks]: each block's best score among visible
+    tokens."""
+    scores = token_scores(index_q, path.keys(pages))
+    if scales is not None:
+        scores = scores * path.keys(scales).float()
+    scores = scores.masked_fill(~path.causal()[:, None, :], float("-inf"))  # before the maximum
+    return block_maxima(scores, block_size)
 
 
 def token_scores(index_q: Tensor, keys: Tensor) -> Tensor:
