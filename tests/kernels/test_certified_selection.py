@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     q, layout = inputs.index_q, inputs.layout
     with pytest.raises(InputError, match=r"codes of one of .* expected, got torch.float32"):
         select_blocks(q, inputs.index_k, layout, 3, index_k_scales=low.scales)
-    with pytest.raises(InputError, match=r"scales \[S, Bk\] = \[20, 4\] expected, got \[20, 3\]"):
+    with pytest.raises(InputError, match=r"scales \[S, Bk\] = \[19, 4\] expected, got \[19, 3\]"):
         select_blocks(q, low.codes, layout, 3, index_k_scales=low.scales[:, :3])
     with pytest.raises(InputError, match=r"index_k_pages like index_q"):
         select_blocks(q, low.codes, layout, 3)

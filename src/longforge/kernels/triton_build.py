@@ -124,8 +124,12 @@ def _build_one(spec: KernelSpec, target: int, folder: Path) -> BuildRow:
         fn=spec.kernel, signature=_signature(spec), constexprs=_constants(spec), attrs=_aligned(spec)
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
-    with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        error.add_note(f"while compiling {spec.name} for sm_{target}")
+        raise
     found = {name: pattern.findall(log.getvalue()) for name, pattern in LOG_FIELDS.items()}
     code = folder / "kernel.cubin"
     code.write_bytes(compiled.asm["cubin"])

@@ -11,10 +11,11 @@ order. All paths compute a score with the same function (`triton_kernels.block_m
 same width and of at least as many rows as the matrix instruction has (decode pads its rows): the same
 instruction, over the same columns in the same order. Hence a query's scores, and with them its blocks, do
 not depend on whether it is asked for in prefill, in a chunk, alone or among drafts. The order of blocks and
-the number of splits matter even less: candidates have a strict total order. fp32 follows the reference's
-own rule: products rounded to fp32, added in ascending order of the index dimension, no tensor cores, no
-fused multiply-add. Where scores differ by more than the rounding of an fp32 sum the choice is the
-reference's in every dtype.
+the number of splits matter even less: candidates have a strict total order. fp32 takes no tensor cores: one
+fused multiply-add per product, in ascending order of the index dimension, so it differs from the
+reference's rule only in not rounding the products. Where scores differ by more than the rounding of an fp32
+sum the choice is the reference's in every dtype, and where the sums are exact it is the reference's
+altogether.
 
 Workspace. The matrix of scores is never held, only 8 bytes per row, split and kept candidate. That is at most
 8 * slots * max(N Hkv, 2 * multiprocessors * rows of a tile) bytes, and again 1/fan of it where splits are
@@ -40,7 +41,7 @@ from longforge.kernels.select_blocks.low_precision import LowPrecisionKeys
 from longforge.kernels.select_blocks.triton_kernels import merge_candidates, open_blocks, scan_blocks
 from longforge.kernels.select_blocks.triton_plan import Device, Plan, make_plan
 
-__all__ = ["certified_select_blocks", "scan_constants", "select_blocks"]
+__all__ = ["certified_select_blocks", "merge_constants", "scan_constants", "select_blocks"]
 
 SCANNED = 1 << 26
 """Most bytes of block maxima that certified selection holds at once, unless one token has more."""
@@ -67,7 +68,7 @@ def select_blocks(
         return _own_blocks(index_q, layout, top_k)
     index_q = _dense(index_q)
     device = _device(index_q.device)
-    plan = _plan(index_q, layout, top_k, device, splits)
+    plan = _plan(index_q, layout, top_k, device, index_k_scales is not None, splits)
     best = index_q.new_empty((plan.splits, n * groups, plan.slots), dtype=torch.int64)
     with _on(index_q.device):
         _scan(index_q, index_k_pages, index_k_scales, None, None, layout, plan, device, best)
@@ -100,7 +101,7 @@ def certified_select_blocks(
                 layout.page_table,
                 layout.block_size,
             )
-            plan = _plan(index_q[rows], part, top_k, device, splits)
+            plan = _plan(index_q[rows], part, top_k, device, True, splits)
             chosen[rows], opened[rows] = _certified_slab(
                 index_q[rows], index_k_pages, low, part, top_k, plan, device
             )
@@ -129,8 +130,9 @@ def _certified_slab(
     constants = scan_constants(plan, index_q, layout.block_size, device)
     open_blocks[(triton.cdiv(n, plan.tile_tokens), plan.splits)](
         index_q, index_k_pages, low.radius, layout.positions, layout.paths, layout.page_table, maxima, lower,
-        best, opened, n, plan.tile_tokens, *index_q.stride()[:2], *index_k_pages.stride()[:2],
-        layout.page_table.stride(0), WANTED=top_k - 1, **constants, **_launch(plan, index_q.dtype),
+        best, opened, n, plan.tile_tokens, *index_q.stride()[:2], index_k_pages.stride(0),
+        layout.page_table.stride(0), K_ROW=index_k_pages.stride(1), WANTED=top_k - 1, **constants,
+        **_launch(plan),
     )  # fmt: skip
     return _finish(best, index_q, layout, top_k, plan), opened.sum(0, dtype=torch.int32)
 
@@ -154,10 +156,11 @@ def _scan(
     scan_blocks[(triton.cdiv(n, plan.tile_tokens), plan.splits)](
         index_q, keys, best if scales is None else scales, best if radius is None else radius,
         layout.positions, layout.paths, layout.page_table, best if maxima is None else maxima, best,
-        n, plan.tile_tokens, *index_q.stride()[:2], *keys.stride()[:2],
-        0 if scales is None else scales.stride(0), layout.page_table.stride(0), CODES=codes,
-        BOUNDS=radius is not None, **scan_constants(plan, index_q, layout.block_size, device),
-        **_launch(plan, index_q.dtype),
+        n, plan.tile_tokens, *index_q.stride()[:2], keys.stride(0),
+        0 if scales is None else scales.stride(0), layout.page_table.stride(0),
+        K_ROW=keys.stride(1), CODES=codes, BOUNDS=radius is not None,
+        **scan_constants(plan, index_q, layout.block_size, device),
+        **_launch(plan),
     )  # fmt: skip
 
 
@@ -177,13 +180,8 @@ def scan_constants(plan: Plan, index_q: Tensor, block_size: int, device: Device)
     }
 
 
-def _launch(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    # The reference's rule for fp32 rounds each product before it is added.
-    return {
-        "num_warps": plan.warps,
-        "num_stages": plan.stages,
-        "enable_fp_fusion": dtype != torch.float32,
-    }
+def _launch(plan: Plan) -> dict[str, int]:
+    return {"num_warps": plan.warps, "num_stages": plan.stages}
 
 
 def _merge_stage(lists: Tensor, layout: PackedLayout, top_k: int, plan: Plan) -> Tensor:
@@ -207,12 +205,18 @@ def _finish(best: Tensor, index_q: Tensor, layout: PackedLayout, top_k: int, pla
 def _merge(
     lists: Tensor, layout: PackedLayout, out: Tensor, top_k: int, plan: Plan, groups: int, final: bool
 ) -> None:
-    count, rows, slots = lists.shape
-    merge_candidates[(rows, triton.cdiv(count, plan.fan))](
-        lists, layout.positions, out, rows, count, HKV=groups, BLOCK=layout.block_size, FAN=plan.fan,
-        SLOTS=slots, WANTED=top_k - 1, CHOSEN=triton.next_power_of_2(top_k), FINAL=final,
-        num_warps=1 if plan.fan * slots <= 64 else 4,
+    count, rows = lists.shape[:2]
+    constants = {**merge_constants(plan, top_k), "HKV": groups, "BLOCK": layout.block_size, "FINAL": final}
+    merge_candidates[(triton.cdiv(rows, constants["ROWS"]), triton.cdiv(count, plan.fan))](
+        lists, layout.positions, out, rows, count, **constants, num_warps=4
     )  # fmt: skip
+
+
+def merge_constants(plan: Plan, top_k: int) -> dict[str, int]:
+    """What the kernel that merges candidates is compiled for."""
+    chosen = triton.next_power_of_2(top_k)
+    rows = max(1, min(16, 4096 // max(plan.fan * plan.slots, chosen * chosen)))
+    return {"ROWS": rows, "FAN": plan.fan, "SLOTS": plan.slots, "WANTED": top_k - 1, "CHOSEN": chosen}
 
 
 def _own_blocks(index_q: Tensor, layout: PackedLayout, top_k: int) -> Tensor:
@@ -225,12 +229,14 @@ def _dense(index_q: Tensor) -> Tensor:
     return index_q if index_q.stride(2) == 1 else index_q.contiguous()
 
 
-def _plan(index_q: Tensor, layout: PackedLayout, top_k: int, device: Device, splits: int | None) -> Plan:
+def _plan(
+    index_q: Tensor, layout: PackedLayout, top_k: int, device: Device, coded: bool, splits: int | None
+) -> Plan:
     paths, blocks = layout.page_table.shape
     return make_plan(
         *(index_q.shape[0], paths, blocks),
         *(index_q.shape[1], index_q.shape[2], layout.block_size, top_k),
-        *(index_q.dtype, device, splits),
+        *(index_q.dtype, device, coded, splits),
     )
 
 

@@ -1,8 +1,8 @@
 """The kernels of block selection on the GPU. triton.py launches them and says what they compute.
 
-A candidate is one int64: the score's bits in an order-preserving form above, the block id counted down below.
-So "better" is "greater", ties go to the lower block, and no two candidates of a row are equal. EMPTY + slot
-marks a slot without one.
+A candidate is one int64: the score's bits in an order-preserving form above, the block id with its bits
+turned round below. So "better" is "greater", ties go to the lower block, and no two candidates of a row are
+equal. EMPTY + slot marks a slot without one.
 """
 
 # pyright: reportMissingImports=false
@@ -74,7 +74,7 @@ def product(q, k, scores, CHUNKED: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def block_maxima(q, q_rows, real, Keys, Scales, page, k_page, k_row, s_page,
+def block_maxima(q, q_rows, real, Keys, Scales, page, k_page, s_page, K_ROW: tl.constexpr,
                  DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
                  KEYS: tl.constexpr, CHUNK: tl.constexpr, CODES: tl.constexpr,
                  INTERPRETED: tl.constexpr):  # fmt: skip
@@ -84,7 +84,7 @@ def block_maxima(q, q_rows, real, Keys, Scales, page, k_page, k_row, s_page,
     used where one product covers all columns, the pointers q_rows [ROWS] where it takes several.
     """
     key = tl.arange(0, KEYS)
-    k_rows = Keys + page.to(tl.int64) * k_page + key * k_row
+    k_rows = Keys + page.to(tl.int64) * k_page + key * K_ROW
     scores = tl.zeros([ROWS, KEYS], tl.float32)
     gaps: tl.constexpr = DIM < DIMS or BLOCK < KEYS
     if CHUNK == DIMS:
@@ -109,7 +109,7 @@ def candidate(score, block):
     score = tl.where(score == 0.0, 0.0, score)  # 0 and -0 tie
     bits = score.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (ordered.to(tl.int64) << 32) | (LAST_ID - block).to(tl.int64)
+    packed = (ordered.to(tl.int64) << 32) | (block ^ LAST_ID).to(tl.int64)
     return tl.where(score > float("-inf"), packed, EMPTY)
 
 
@@ -124,7 +124,7 @@ def score_of(packed):
 @triton.jit
 def no_candidates(ROWS: tl.constexpr, SLOTS: tl.constexpr):
     """int64 [ROWS, SLOTS], all different."""
-    return tl.zeros([ROWS, SLOTS], tl.int64) + (EMPTY + tl.arange(0, SLOTS).to(tl.int64))[None, :]
+    return tl.zeros([ROWS, SLOTS], tl.int64) + (tl.arange(0, SLOTS).to(tl.int64) + EMPTY)[None, :]
 
 
 @triton.jit
@@ -161,9 +161,9 @@ def scan_blocks(
     q_token,
     q_group,
     k_page,
-    k_row,
     s_page,
     table_row,
+    K_ROW: tl.constexpr,
     HKV: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -192,6 +192,9 @@ def scan_blocks(
     out = token.to(tl.int64) * HKV + group
     best = no_candidates(ROWS, SLOTS)
     least = tl.min(best, axis=1)
+    # A candidate is kept one step after it was found: in the same step the compilers for sm_100 (Triton 3.6
+    # and 3.7) fail on a condition that comes from a product's maximum.
+    last = tl.full([ROWS], EMPTY, tl.int64)
     at = tile * tile_tokens
     while at < tl.minimum(
         tile * tile_tokens + tile_tokens, tokens
@@ -203,15 +206,17 @@ def scan_blocks(
         first = tl.program_id(1) * share
         for step in range(tl.minimum(share, blocks - first)):
             block = first + step
+            best, least = keep(best, least, last)
             page = tl.load(Table + this.to(tl.int64) * table_row + block)
-            score = block_maxima(q, q_rows, real, Keys, Scales, page, k_page, k_row, s_page,
-                                 DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK, CODES, INTERPRETED)  # fmt: skip
+            score = block_maxima(q, q_rows, real, Keys, Scales, page, k_page, s_page,
+                                 K_ROW, DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK, CODES, INTERPRETED)  # fmt: skip
             visible = mine & (block < own)  # blocks before a query's own are wholly visible to it
             if BOUNDS:
                 tl.store(Maxima + block.to(tl.int64) * (tokens * HKV) + out, score, mask=visible)
                 score = score - tl.load(Radius + page) * norm
-            best, least = keep(best, least, candidate(tl.where(visible, score, float("-inf")), block))
+            last = candidate(tl.where(visible, score, float("-inf")), block)
         at += tl.sum((mine & (group == 0)).to(tl.int32), axis=0)
+    best, least = keep(best, least, last)
     place = (tl.program_id(1).to(tl.int64) * tokens * HKV + out) * SLOTS
     tl.store(Best + place[:, None] + tl.arange(0, SLOTS)[None, :], best, mask=real[:, None])
 
@@ -233,9 +238,9 @@ def open_blocks(
     q_token,
     q_group,
     k_page,
-    k_row,
     table_row,
     WANTED: tl.constexpr,
+    K_ROW: tl.constexpr,
     HKV: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -262,6 +267,9 @@ def open_blocks(
     bar = score_of(tl.load(Lower + out * SLOTS + (WANTED - 1), mask=real, other=0))
     best = no_candidates(ROWS, SLOTS)
     least = tl.min(best, axis=1)
+    # A candidate is kept one step after it was found: in the same step the compilers for sm_100 (Triton 3.6
+    # and 3.7) fail on a condition that comes from a product's maximum.
+    last = tl.full([ROWS], EMPTY, tl.int64)
     opened = tl.zeros([ROWS], tl.int32)
     at = tile * tile_tokens
     while at < tl.minimum(tile * tile_tokens + tile_tokens, tokens):
@@ -270,13 +278,13 @@ def open_blocks(
         blocks = tl.max(tl.where(mine, own, 0), axis=0)
         share = tl.cdiv(blocks, tl.num_programs(1))
         first = tl.program_id(1) * share
-        last = tl.minimum(first + share, blocks)
+        end = tl.minimum(first + share, blocks)
         row_of_table = Table + this.to(tl.int64) * table_row
-        for strip in range(first, last, STRIP):
+        for strip in range(first, end, STRIP):
             block = strip + tl.arange(0, STRIP)
-            page = tl.load(row_of_table + block, mask=block < last, other=0)
-            radius = tl.load(Radius + page, mask=block < last, other=0.0)
-            visible = (mine[:, None] & (block[None, :] < own[:, None])) & (block < last)[None, :]
+            page = tl.load(row_of_table + block, mask=block < end, other=0)
+            radius = tl.load(Radius + page, mask=block < end, other=0.0)
+            visible = (mine[:, None] & (block[None, :] < own[:, None])) & (block < end)[None, :]
             place = block.to(tl.int64)[None, :] * (tokens * HKV) + out[:, None]
             upper = (
                 tl.load(Maxima + place, mask=visible, other=float("-inf")) + norm[:, None] * radius[None, :]
@@ -285,14 +293,16 @@ def open_blocks(
             opened += tl.sum(reaches.to(tl.int32), axis=1)
             wanted = tl.max(reaches.to(tl.int32), axis=0) > 0
             current = tl.min(tl.where(wanted, block, LAST_ID), axis=0)
-            while current < last:
+            while current < end:
+                best, least = keep(best, least, last)
                 score = block_maxima(q, q_rows, real, Keys, Keys, tl.load(row_of_table + current),
-                                     k_page, k_row, 0, DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK,
+                                     k_page, 0, K_ROW, DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK,
                                      KEYS_AS_THEY_ARE, INTERPRETED)  # fmt: skip
                 score = tl.where(mine & (current < own), score, float("-inf"))
-                best, least = keep(best, least, candidate(score, current))
+                last = candidate(score, current)
                 current = tl.min(tl.where(wanted & (block > current), block, LAST_ID), axis=0)
         at += tl.sum((mine & (group == 0)).to(tl.int32), axis=0)
+    best, least = keep(best, least, last)
     place = tl.program_id(1).to(tl.int64) * tokens * HKV + out
     tl.store(Best + place[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], best, mask=real[:, None])
     tl.store(Opened + place, opened, mask=real)
@@ -307,41 +317,44 @@ def merge_candidates(
     lists,
     HKV: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     FAN: tl.constexpr,
     SLOTS: tl.constexpr,
     WANTED: tl.constexpr,
     CHOSEN: tl.constexpr,
     FINAL: tl.constexpr,
 ):
-    """The WANTED best of FAN lists of one row, best first; FINAL: with the own block, ids ascending, then -1.
+    """Per row the WANTED best of FAN lists, best first; FINAL: with the own block, ids ascending, then -1.
 
-    WANTED = K - 1; CHOSEN is K padded to a power of two.
+    One program: ROWS rows. WANTED = K - 1; CHOSEN is K padded to a power of two.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
     at = tl.arange(0, FAN * SLOTS)
     member = tl.program_id(1) * FAN + at // SLOTS
-    left = tl.load(
-        Lists + (member.to(tl.int64) * rows + row) * SLOTS + at % SLOTS, mask=member < lists, other=EMPTY
-    )
+    place = (member.to(tl.int64)[None, :] * rows + row[:, None]) * SLOTS + (at % SLOTS)[None, :]
+    left = tl.load(Lists + place, mask=real[:, None] & (member < lists)[None, :], other=EMPTY)
     slot = tl.arange(0, CHOSEN)
-    chosen = tl.full([CHOSEN], LAST_ID, tl.int32)
-    place = (tl.program_id(1).to(tl.int64) * rows + row) * SLOTS
+    chosen = tl.full([ROWS, CHOSEN], LAST_ID, tl.int32)
+    out = (tl.program_id(1).to(tl.int64) * rows + row) * SLOTS
     for rank in range(WANTED):
-        top = tl.max(left, axis=0)
-        left = tl.where(left == top, EMPTY, left)
+        top = tl.max(left, axis=1)
+        left = tl.where(left == top[:, None], EMPTY, left)
         if FINAL:
-            found = tl.where((top >> 32) == -(2**31), LAST_ID, LAST_ID - (top & LAST_ID).to(tl.int32))
-            chosen = tl.where(slot == rank, found, chosen)
+            found = tl.where((top >> 32) == -(2**31), LAST_ID, (top & LAST_ID).to(tl.int32) ^ LAST_ID)
+            chosen = tl.where((slot == rank)[None, :], found[:, None], chosen)
         else:
-            tl.store(Out + place + rank, top)
+            tl.store(Out + out + rank, top, mask=real)
     if FINAL:
-        own = tl.load(Positions + row // HKV).to(tl.int32) // BLOCK
-        chosen = tl.where(slot == WANTED, own, chosen)
-        before = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), axis=1)
-        count = tl.sum((chosen < LAST_ID).to(tl.int32), axis=0)
-        base = Out + row * (WANTED + 1)
-        tl.store(base + before, chosen, mask=chosen < LAST_ID)
-        tl.store(base + slot, tl.full([CHOSEN], -1, tl.int32), mask=(slot >= count) & (slot <= WANTED))
+        own = tl.load(Positions + row // HKV, mask=real, other=0).to(tl.int32) // BLOCK
+        chosen = tl.where((slot == WANTED)[None, :], own[:, None], chosen)
+        before = tl.sum((chosen[:, None, :] < chosen[:, :, None]).to(tl.int32), axis=2)
+        count = tl.sum((chosen < LAST_ID).to(tl.int32), axis=1)
+        base = Out + row[:, None] * (WANTED + 1)
+        tl.store(base + before, chosen, mask=real[:, None] & (chosen < LAST_ID))
+        none = real[:, None] & (slot[None, :] >= count[:, None]) & (slot <= WANTED)[None, :]
+        tl.store(base + slot[None, :], tl.full([ROWS, CHOSEN], -1, tl.int32), mask=none)
     else:
         rest = tl.arange(0, SLOTS)
-        tl.store(Out + place + rest, tl.full([SLOTS], EMPTY, tl.int64), mask=rest >= WANTED)
+        none = real[:, None] & (rest >= WANTED)[None, :]
+        tl.store(Out + out[:, None] + rest[None, :], tl.full([ROWS, SLOTS], EMPTY, tl.int64), mask=none)

@@ -64,19 +64,24 @@ def make_plan(
     top_k: int,
     dtype: torch.dtype,
     device: Device,
+    coded: bool = False,
     splits: int | None = None,
 ) -> Plan:
     """The plan for N, P, M, Hkv, Di, Bk, K and the dtype of the queries.
 
-    splits: None fills the device. Raises InputError for what the kernels have no tiles for.
+    coded: keys are codes, which take registers to read. splits: None fills the device.
+    Raises InputError for what the kernels have no tiles for.
     """
     _check(groups, dim, block_size, top_k, dtype)
     exact = dtype == torch.float32
     slots = max(4, _power_of_two(top_k - 1))
     least_rows = _product_rows(exact, device.capability)
-    most_rows = max(least_rows, 64 if exact or slots > 16 else 128)
+    # More rows share a read of a key, until scores, candidates and what it takes to read a key fill the
+    # registers.
+    wide = not exact and not coded and slots <= 16 and device.capability >= 90
+    most_rows = max(least_rows, 128 if wide else 16 if exact else 64)
     padded_groups = _power_of_two(groups)
-    tile_tokens = min(-(-tokens // max(1, paths)), most_rows // padded_groups)
+    tile_tokens = max(1, min(-(-tokens // max(1, paths)), most_rows // padded_groups))
     if splits is None:
         splits = 2 * device.processors // -(-tokens // tile_tokens)
     splits = max(1, min(splits, MOST_SPLITS, -(-blocks // FEWEST_BLOCKS)))
@@ -92,7 +97,7 @@ def make_plan(
         dims=dims,
         keys=max(16, _power_of_two(block_size)),
         chunk=16 if exact else dims,
-        warps=8 if rows * slots > 128 * 16 else 4,
+        warps=8 if exact or rows * slots > 128 * 16 or (rows == 128 and not wide) else 4,
         stages=2 if exact else 3,
     )
 
@@ -101,7 +106,7 @@ def _product_rows(exact: bool, capability: int) -> int:
     """Rows of a tile's product that the machine's matrix instruction has, and so the fewest of a tile.
 
     Decode pads its few rows to it: then prefill and decode run the same instruction. Products in fp32 are
-    plain multiplications and additions, whatever the tile.
+    plain chains of fused multiply-adds, whatever the tile.
     """
     if exact or capability == 0:
         return 16

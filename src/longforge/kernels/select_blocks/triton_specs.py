@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from longforge.kernels.select_blocks.triton import FP8, FP8_BY_HAND, INT8, KEYS_AS_THEY_ARE, scan_constants
+from longforge.kernels.select_blocks.triton import (
+    FP8,
+    FP8_BY_HAND,
+    INT8,
+    KEYS_AS_THEY_ARE,
+    merge_constants,
+    scan_constants,
+)
 from longforge.kernels.select_blocks.triton_kernels import merge_candidates, open_blocks, scan_blocks
 from longforge.kernels.select_blocks.triton_plan import Device, Plan, make_plan
 from longforge.kernels.triton_build import KernelSpec
@@ -38,7 +45,7 @@ def specs() -> Iterator[KernelSpec]:
         yield _scan("decode fp16 8x64x64", device, groups=8, dim=64, block_size=64, dtype=torch.float16)
         yield _scan("decode bf16 4x32x16", device, dim=32, block_size=16)
         yield _scan("certified scan fp8", device, codes=fp8, bounds=True)
-        yield _open("certified open bf16", device)
+        yield _open("certified open bf16", device, coded=True)
         yield _merge("merge 256 x 16", device, final=True)
         yield _merge("merge 64 x 64", device, final=False, top_k=64)
         yield _merge("merge 1 x 16", device, final=True, tokens=8192)
@@ -51,7 +58,10 @@ def _plan(device: Device, shape: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
     }
     plan = make_plan(**sizes, device=device)
     queries = torch.empty((1, sizes["groups"], sizes["dim"]), device="meta")
-    return plan, {**scan_constants(plan, queries, sizes["block_size"], device), **sizes}
+    return plan, {
+        **scan_constants(plan, queries, sizes["block_size"], device),
+        **{"K_ROW": sizes["dim"], **sizes},
+    }
 
 
 def _spec(
@@ -76,13 +86,12 @@ def _pointers(dtype: torch.dtype) -> dict[str, str]:
 def _scan(
     name: str, device: Device, codes: int = KEYS_AS_THEY_ARE, bounds: bool = False, **shape: Any
 ) -> KernelSpec:
-    plan, values = _plan(device, shape)
+    plan, values = _plan(device, {"coded": codes != KEYS_AS_THEY_ARE, **shape})
     types = _pointers(values["dtype"])
     types["Keys"] = CODES[codes] or types["Keys"]
     return _spec(
         name, scan_blocks, types, {**values, "CODES": codes, "BOUNDS": bounds}, device,
         num_warps=plan.warps, num_stages=plan.stages,
-        options={"enable_fp_fusion": values["dtype"] != torch.float32},
     )  # fmt: skip
 
 
@@ -96,10 +105,8 @@ def _open(name: str, device: Device, **shape: Any) -> KernelSpec:
 
 def _merge(name: str, device: Device, final: bool, **shape: Any) -> KernelSpec:
     plan, values = _plan(device, shape)
-    top_k = values["top_k"]
-    constants = {"FAN": plan.fan, "WANTED": top_k - 1, "CHOSEN": top_k, "FINAL": final, "SLOTS": plan.slots}
+    constants = {**merge_constants(plan, values["top_k"]), "FINAL": final}
     types = {**_pointers(values["dtype"]), "Out": "*i32" if final else "*i64"}
     return _spec(
         name, merge_candidates, types, {**values, **constants}, device,
-        num_warps=1 if plan.fan * plan.slots <= 64 else 4,
     )  # fmt: skip
