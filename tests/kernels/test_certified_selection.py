@@ -95,6 +95,20 @@ def test_coded_keys_alone_are_keys_of_their_own():
     assert torch.equal(blocks, select_blocks(inputs.index_q, read, inputs.layout, 3, backend="reference"))
 
 
+def test_the_operators_are_sound_and_give_what_the_functions_give():
+    inputs = make_inputs(CASES[1])
+    low = lower_precision(inputs.index_k, torch.int8)
+    asked = (inputs.index_q, inputs.index_k, low, inputs.layout, 3)
+    parts = low.codes, low.scales, low.radius, *inputs.layout.parts
+    operands = (inputs.index_q, inputs.index_k, *parts, 3, "reference")
+    torch.library.opcheck(torch.ops.longforge.certified_select_blocks.default, operands)
+    blocks, opened = certified_select_blocks(*asked)
+    got = torch.ops.longforge.certified_select_blocks(*operands)
+    assert torch.equal(got[0], blocks) and torch.equal(got[1], opened)
+    coded = (inputs.index_q, low.codes, *inputs.layout.parts, 3, "reference", low.scales)
+    torch.library.opcheck(torch.ops.longforge.select_blocks.default, coded)
+
+
 def test_what_does_not_fit_is_refused_in_one_line():
     inputs = make_inputs(CASES[1])
     low = lower_precision(inputs.index_k, torch.int8)

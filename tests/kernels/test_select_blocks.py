@@ -13,7 +13,8 @@ from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.select_blocks.api import BACKENDS
 from longforge.kernels.select_blocks.cases import CASES, Case, Inputs, make_inputs, take
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# "triton" has tests of its own, on a GPU or in the interpreter.
+each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     inputs = make_inputs(CASES[1])
     with pytest.raises(InputError, match=r"top_k of at least 1 expected .* got 0"):
         choose(inputs, 0)
-    with pytest.raises(InputError, match="one of reference, cpu expected, got 'gpu'"):
+    with pytest.raises(InputError, match=r"one of reference, cpu.* expected, got 'gpu'"):
         choose(inputs, 2, "gpu")
     with pytest.raises(InputError, match=r"index_k_pages \[S, Bk, Di\] = \[any, any, 5\] expected"):
         choose(replace(inputs, index_k=inputs.index_k[..., :4]), 2)

@@ -30,13 +30,13 @@ from triton_device import DEVICES, need, on
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_case = pytest.mark.parametrize(
     "case",
-    [replace(c, tail=c.tail or 40 if max(c.lengths) > 200 else 0) for c in CASES],
+    [replace(c, tail=c.tail or 16 if max(c.lengths) > 200 else 0) for c in CASES],
     ids=lambda c: c.name,
 )
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 each_code = pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8], ids=str)
 SMALL = Case((37, 5, 18), 6, 3, 7, 5, 4, 3)
-LONG = Case((413, 260), 4, 2, 8, 8, 3, 6)
+LONG = Case((203, 130), 4, 2, 8, 8, 3, 6)
 
 
 def choose(inputs: Inputs, top_k: int) -> Tensor:
@@ -101,7 +101,7 @@ def test_choice_is_right_up_to_rounding(case: Case, dtype: torch.dtype, device: 
 
 @each_device
 @each_case
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_choice_is_the_references_where_sums_are_exact(case: Case, dtype: torch.dtype, device: str):
     need(device)
     inputs = on(device, integers(make_inputs(case, dtype, seed=3)))
@@ -327,7 +327,7 @@ def test_decode_can_be_captured_and_waits_for_nothing():
     need("cuda")
     case = replace(GPU_CASES[1], tail=1)
     inputs = on("cuda", make_inputs(case, torch.bfloat16))
-    low = LowPrecisionKeys(*lower_precision(inputs.index_k).__dict__.values())
+    low = lower_precision(inputs.index_k)
     asked = (inputs.index_q, inputs.index_k, low, inputs.layout, case.top_k)
     wanted = choose(inputs, case.top_k)
     certified_select_blocks(*asked, backend="triton")

@@ -133,7 +133,7 @@ def _build_one(spec: KernelSpec, target: int, folder: Path) -> BuildRow:
     found = {name: pattern.findall(log.getvalue()) for name, pattern in LOG_FIELDS.items()}
     code = folder / "kernel.cubin"
     code.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/nvdisasm"
     text = subprocess.run([tool, "-c", code], check=True, capture_output=True, text=True).stdout
     return BuildRow(
         spec.name,

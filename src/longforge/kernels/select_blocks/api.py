@@ -132,7 +132,7 @@ def select_blocks(
     check_strides(name, chosen, index_k_pages=index_k_pages)
     index_q, index_k_pages = index_q.detach(), index_k_pages.detach()
     if is_traced(index_q):
-        return OPERATOR(index_q, index_k_pages, index_k_scales, *layout.parts, top_k, chosen)
+        return OPERATOR(index_q, index_k_pages, *layout.parts, top_k, chosen, index_k_scales)
     return _run(chosen, index_q, index_k_pages, index_k_scales, layout, top_k)
 
 

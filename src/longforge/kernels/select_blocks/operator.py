@@ -18,7 +18,6 @@ def define(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def select_blocks(
         index_q: Tensor,
         index_k_pages: Tensor,
-        index_k_scales: Tensor | None,
         positions: Tensor,
         paths: Tensor,
         slots: Tensor,
@@ -26,23 +25,16 @@ def define(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         block_size: int,
         top_k: int,
         backend: str,
+        index_k_scales: Tensor | None = None,
     ) -> Tensor:
         layout = PackedLayout(positions, paths, slots, page_table, block_size)
         return run(backend, index_q, index_k_pages, index_k_scales, layout, top_k).contiguous()
 
     @select_blocks.register_fake
     def _(
-        index_q,
-        index_k_pages,
-        index_k_scales,
-        positions,
-        paths,
-        slots,
-        page_table,
-        block_size,
-        top_k,
-        backend,
-    ):
+        index_q, index_k_pages, positions, paths, slots, page_table, block_size, top_k, backend,
+        index_k_scales=None,
+    ):  # fmt: skip
         return index_q.new_empty((*index_q.shape[:2], top_k), dtype=torch.int32)
 
     return select_blocks

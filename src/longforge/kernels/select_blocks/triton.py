@@ -26,7 +26,7 @@ long the sequence. Certified selection also holds a block maximum (4 bytes) per 
 No function here waits for the device. Sizes of grids and workspaces depend on shapes alone.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any

@@ -128,9 +128,9 @@ def no_candidates(ROWS: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def keep(best, least, packed):
-    """best [ROWS, SLOTS], least = its row minimum, packed [ROWS]: a better candidate takes the least's
-    slot."""
+def keep(best, least, score, block):
+    """A better candidate takes the place of the least: best [ROWS, SLOTS], least = its row minimum."""
+    packed = candidate(score, block)
     if tl.max((packed > least).to(tl.int32), axis=0) > 0:
         taken = (best == least[:, None]) & (packed > least)[:, None]
         best = tl.where(taken, packed[:, None], best)
@@ -194,29 +194,31 @@ def scan_blocks(
     least = tl.min(best, axis=1)
     # A candidate is kept one step after it was found: in the same step the compilers for sm_100 (Triton 3.6
     # and 3.7) fail on a condition that comes from a product's maximum.
-    last = tl.full([ROWS], EMPTY, tl.int64)
+    last_score = tl.full([ROWS], float("-inf"), tl.float32)
+    last_block = 0
     at = tile * tile_tokens
-    while at < tl.minimum(
-        tile * tile_tokens + tile_tokens, tokens
-    ):  # a tile may hold tokens of several paths
+    end = tl.minimum(at + tile_tokens, tokens)
+    while at < end:  # a tile may hold tokens of several paths
         this = tl.load(Paths + at).to(tl.int32)
         mine = real & (path == this)
-        blocks = tl.max(tl.where(mine, own, 0), axis=0)
+        before = tl.where(mine, own, 0)
+        blocks = tl.max(before, axis=0)
         share = tl.cdiv(blocks, tl.num_programs(1))
         first = tl.program_id(1) * share
         for step in range(tl.minimum(share, blocks - first)):
             block = first + step
-            best, least = keep(best, least, last)
+            best, least = keep(best, least, last_score, last_block)
             page = tl.load(Table + this.to(tl.int64) * table_row + block)
             score = block_maxima(q, q_rows, real, Keys, Scales, page, k_page, s_page,
                                  K_ROW, DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK, CODES, INTERPRETED)  # fmt: skip
-            visible = mine & (block < own)  # blocks before a query's own are wholly visible to it
+            visible = block < before  # such blocks are wholly visible
             if BOUNDS:
                 tl.store(Maxima + block.to(tl.int64) * (tokens * HKV) + out, score, mask=visible)
                 score = score - tl.load(Radius + page) * norm
-            last = candidate(tl.where(visible, score, float("-inf")), block)
+            last_score = tl.where(visible, score, float("-inf"))
+            last_block = block
         at += tl.sum((mine & (group == 0)).to(tl.int32), axis=0)
-    best, least = keep(best, least, last)
+    best, least = keep(best, least, last_score, last_block)
     place = (tl.program_id(1).to(tl.int64) * tokens * HKV + out) * SLOTS
     tl.store(Best + place[:, None] + tl.arange(0, SLOTS)[None, :], best, mask=real[:, None])
 
@@ -269,22 +271,25 @@ def open_blocks(
     least = tl.min(best, axis=1)
     # A candidate is kept one step after it was found: in the same step the compilers for sm_100 (Triton 3.6
     # and 3.7) fail on a condition that comes from a product's maximum.
-    last = tl.full([ROWS], EMPTY, tl.int64)
+    last_score = tl.full([ROWS], float("-inf"), tl.float32)
+    last_block = 0
     opened = tl.zeros([ROWS], tl.int32)
     at = tile * tile_tokens
-    while at < tl.minimum(tile * tile_tokens + tile_tokens, tokens):
+    end = tl.minimum(at + tile_tokens, tokens)
+    while at < end:
         this = tl.load(Paths + at).to(tl.int32)
         mine = real & (path == this)
-        blocks = tl.max(tl.where(mine, own, 0), axis=0)
+        before = tl.where(mine, own, 0)
+        blocks = tl.max(before, axis=0)
         share = tl.cdiv(blocks, tl.num_programs(1))
         first = tl.program_id(1) * share
-        end = tl.minimum(first + share, blocks)
+        stop = tl.minimum(first + share, blocks)
         row_of_table = Table + this.to(tl.int64) * table_row
-        for strip in range(first, end, STRIP):
+        for strip in range(first, stop, STRIP):
             block = strip + tl.arange(0, STRIP)
-            page = tl.load(row_of_table + block, mask=block < end, other=0)
-            radius = tl.load(Radius + page, mask=block < end, other=0.0)
-            visible = (mine[:, None] & (block[None, :] < own[:, None])) & (block < end)[None, :]
+            page = tl.load(row_of_table + block, mask=block < stop, other=0)
+            radius = tl.load(Radius + page, mask=block < stop, other=0.0)
+            visible = (block[None, :] < before[:, None]) & (block < stop)[None, :]
             place = block.to(tl.int64)[None, :] * (tokens * HKV) + out[:, None]
             upper = (
                 tl.load(Maxima + place, mask=visible, other=float("-inf")) + norm[:, None] * radius[None, :]
@@ -293,16 +298,16 @@ def open_blocks(
             opened += tl.sum(reaches.to(tl.int32), axis=1)
             wanted = tl.max(reaches.to(tl.int32), axis=0) > 0
             current = tl.min(tl.where(wanted, block, LAST_ID), axis=0)
-            while current < end:
-                best, least = keep(best, least, last)
+            while current < stop:
+                best, least = keep(best, least, last_score, last_block)
                 score = block_maxima(q, q_rows, real, Keys, Keys, tl.load(row_of_table + current),
                                      k_page, 0, K_ROW, DIM, DIMS, BLOCK, ROWS, KEYS, CHUNK,
                                      KEYS_AS_THEY_ARE, INTERPRETED)  # fmt: skip
-                score = tl.where(mine & (current < own), score, float("-inf"))
-                last = candidate(score, current)
+                last_score = tl.where(current < before, score, float("-inf"))
+                last_block = current
                 current = tl.min(tl.where(wanted & (block > current), block, LAST_ID), axis=0)
         at += tl.sum((mine & (group == 0)).to(tl.int32), axis=0)
-    best, least = keep(best, least, last)
+    best, least = keep(best, least, last_score, last_block)
     place = tl.program_id(1).to(tl.int64) * tokens * HKV + out
     tl.store(Best + place[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], best, mask=real[:, None])
     tl.store(Opened + place, opened, mask=real)

@@ -79,7 +79,7 @@ def make_plan(
     # More rows share a read of a key, until scores, candidates and what it takes to read a key fill the
     # registers.
     wide = not exact and not coded and slots <= 16 and device.capability >= 90
-    most_rows = max(least_rows, 128 if wide else 16 if exact else 64)
+    most_rows = max(least_rows, 128 if wide else 16 if exact and device.capability else 64)
     padded_groups = _power_of_two(groups)
     tile_tokens = max(1, min(-(-tokens // max(1, paths)), most_rows // padded_groups))
     if splits is None:
@@ -97,7 +97,7 @@ def make_plan(
         dims=dims,
         keys=max(16, _power_of_two(block_size)),
         chunk=16 if exact else dims,
-        warps=8 if exact or rows * slots > 128 * 16 or (rows == 128 and not wide) else 4,
+        warps=8 if _many_warps(exact, wide, rows, slots, device.capability) else 4,
         stages=2 if exact else 3,
     )
 
@@ -111,6 +111,11 @@ def _product_rows(exact: bool, capability: int) -> int:
     if exact or capability == 0:
         return 16
     return 128 if capability >= 100 else 64
+
+
+def _many_warps(exact: bool, wide: bool, rows: int, slots: int, capability: int) -> bool:
+    """Where 4 warps do not have the registers; found by compiling (the table of NOTES.md)."""
+    return rows * slots > 128 * 16 or (rows == 128 and not wide) or (exact and capability < 100)
 
 
 def _power_of_two(n: int) -> int:
