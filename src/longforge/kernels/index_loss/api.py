@@ -1,5 +1,7 @@
 """The public door of the index loss."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,10 @@ from longforge.kernels.traced import is_traced
 __all__ = ["BACKENDS", "index_loss"]
 
 BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
+if find_spec("triton") is not None:
+    from longforge.kernels.index_loss import triton
+
+    BACKENDS["triton"] = triton.index_loss
 
 
 def _run(

@@ -2,13 +2,26 @@
 
 from longforge.kernels.msa_cases import Case, Inputs, make_inputs, take
 
-__all__ = ["CASES", "SPEED_CASES", "Case", "Inputs", "make_inputs", "take"]
+__all__ = ["CASES", "GPU_CASES", "SMALL_CASES", "SPEED_CASES", "Case", "Inputs", "make_inputs", "take"]
 
 CASES = (
     Case((1,), 1, 1, 3, 3, 1, 1),
     Case((37, 5, 18), 6, 3, 7, 5, 4, 3),
     Case((70, 16, 1, 33), 4, 2, 16, 16, 16, 2),
     Case((61,), 5, 1, 4, 33, 5, 4),
+)
+SMALL_CASES = (
+    Case((1,), 1, 1, 16, 16, 16, 1),
+    Case((21, 1, 6), 4, 2, 16, 16, 4, 3),
+    Case((19,), 16, 1, 64, 16, 16, 2),
+    Case((13,), 7, 1, 5, 33, 5, 2),
+)
+"""Few programs: Triton's interpreter takes milliseconds for each."""
+GPU_CASES = (
+    Case((700, 1, 1027), 64, 4, 128, 128, 128, 6),
+    Case((515, 300), 8, 2, 64, 64, 64, 5),
+    Case((333, 90), 2, 2, 128, 64, 32, 8),
+    Case((260,), 16, 1, 96, 80, 48, 3),
 )
 SPEED_CASES = {
     "training": Case((300, 600, 450, 380, 520, 410, 333, 577, 500, 26), 8, 4, 32, 32, 16, 8),

@@ -1,5 +1,7 @@
 """The public door of block-sparse attention."""
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from longforge.kernels.checks import (
@@ -20,6 +22,10 @@ from longforge.kernels.traced import is_traced
 __all__ = ["BACKENDS", "sparse_attention"]
 
 BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
+if find_spec("triton") is not None:
+    from longforge.kernels.sparse_attention import triton
+
+    BACKENDS["triton"] = triton.sparse_attention
 
 
 def _run(
