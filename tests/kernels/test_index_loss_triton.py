@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from longforge.errors import InputError
-from longforge.kernels.index_loss import index_loss
+from longforge.kernels.index_loss import index_loss, plan
 from longforge.kernels.index_loss import triton as backend
 from longforge.kernels.index_loss.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs
 from longforge.kernels.page_readers import cut
@@ -98,7 +98,7 @@ def test_chunks_and_pieces_do_not_change_the_loss(
     case = SMALL_CASES[1]
     inputs = on(device, make_inputs(case))
     blocks, weights = support_of(inputs, case, warm_up), some_weights(inputs)
-    monkeypatch.setattr(backend, "WORKSPACE", 1 << 13)
+    monkeypatch.setattr(plan, "WORKSPACE", 1 << 13)
     monkeypatch.setattr(backend, "cut", lambda read, size: cut(read, 3))
     got = with_gradients(inputs, blocks, weights=weights)
     assert_close(got, exact(inputs, blocks, weights=weights), TOLERANCE[torch.float32])

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.select_blocks import select_blocks
-from longforge.kernels.sparse_attention import reference
+from longforge.kernels.sparse_attention import plan, reference
 from longforge.kernels.sparse_attention import triton as backend
 from longforge.kernels.sparse_attention.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs, take
 from triton_device import DEVICES, need, on
@@ -147,7 +147,7 @@ def test_a_page_that_many_read_is_summed_in_pieces(order: str, device: str, monk
     need(device)
     inputs, blocks = shared_pages()
     inputs, blocks = on(device, inputs), blocks.to(device)
-    monkeypatch.setattr(backend, "_piece_of_gradients", lambda entries, queries: 5)
+    monkeypatch.setattr(plan, "gradient_piece", lambda shape: 5)
     got = with_gradients(inputs, blocks, backend.sparse_attention, order)
     assert_close(got, exact(inputs, blocks), TOLERANCE[torch.float32])
     again = with_gradients(inputs, blocks, backend.sparse_attention, order)
@@ -160,8 +160,8 @@ def test_little_workspace_means_more_chunks(device: str, monkeypatch: pytest.Mon
     inputs, blocks = shared_pages()
     inputs, blocks = on(device, inputs), blocks.to(device)
     wanted = with_gradients(inputs, blocks, backend.sparse_attention, "page")
-    monkeypatch.setattr(backend, "WORKSPACE", 1 << 13)
-    assert 1 < backend._queries_per_chunk(inputs.q, blocks, inputs.layout) < 12
+    monkeypatch.setattr(plan, "WORKSPACE", 1 << 13)
+    assert 1 < plan.queries_per_chunk(plan.shape_of(inputs.q, blocks, inputs.layout)) < 12
     got = with_gradients(inputs, blocks, backend.sparse_attention, "page")
     assert all(torch.equal(a, b) for a, b in zip(got[:3], wanted[:3], strict=True))
     assert_close(got, wanted, TOLERANCE[torch.float32])
@@ -200,17 +200,13 @@ def test_pages_may_be_views_of_a_larger_pool(order: Any, device: str):
 
 
 def test_the_order_follows_the_shape():
-    def order(tokens: int, heads: int, block: int, pages: int, top_k: int = 16) -> str:
-        q, k = torch.empty(tokens, heads, 1, device="meta"), torch.empty(pages, block, 4, 1, device="meta")
-        table = torch.empty(1, pages, dtype=torch.int32, device="meta")
-        index = torch.empty(tokens, device="meta")
-        layout = PackedLayout(index, index, index, table, block)
-        return backend._order(q, k, torch.empty(tokens, 4, top_k, device="meta"), layout)
+    def order(tokens: int, per_group: int, block_size: int, pages: int) -> str:
+        return plan.choose_order(plan.Shape(torch.bfloat16, tokens, 4, per_group, 128, block_size, 16), pages)
 
-    assert order(8, 64, 128, 8192) == "split"
-    assert order(8192, 64, 128, 8192) == "page"
-    assert order(8192, 64, 32, 8192) == "query"
-    assert order(512, 4, 128, 8192) == "query"
+    assert order(8, 16, 128, 8192) == "split"
+    assert order(8192, 16, 128, 8192) == "page"
+    assert order(8192, 16, 32, 8192) == "query"
+    assert order(512, 1, 128, 8192) == "query"
 
 
 def test_what_there_is_no_kernel_for_is_refused_in_one_line():

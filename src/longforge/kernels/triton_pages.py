@@ -20,13 +20,12 @@ __all__ = [
     "add_parts_kernel",
     "add_pieces",
     "add_pieces_kernel",
-    "check_tensors",
+    "check_sizes",
     "dot",
     "load_rows",
     "padded",
     "precision_of",
     "store_rows",
-    "with_dense_rows",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,16 +156,9 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def with_dense_rows(pages: Tensor) -> Tensor:
-    """The tensor itself where its last dim is contiguous, as a view of a larger pool is; otherwise a copy."""
-    return pages if pages.stride(-1) == 1 else pages.contiguous()
-
-
-def check_tensors(operation: str, q: Tensor, block_size: int, *dims: int) -> None:
-    """Raises InputError for a device, dtype or size that the Triton kernels have no tiles for."""
+def check_sizes(operation: str, q: Tensor, block_size: int, *dims: int) -> None:
+    """Raises InputError for a dtype or size that the Triton kernels have no tiles for."""
     name = f"{operation} backend 'triton'"
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise InputError(f"{name}: CUDA tensors expected, got {q.device}; say backend='reference'")
     if q.dtype not in DTYPES:
         raise InputError(f"{name}: float32, bfloat16 or float16 expected, got {q.dtype}")
     if max(dims) > MOST_DIM or block_size > MOST_BLOCK:

@@ -2,7 +2,7 @@
 
 The gradient of a token's student logit is weight * (student - teacher) / divisor, so the forward pass has
 all that the backward pass would need and keeps d_index_q and d_index_k. Queries go through in chunks whose
-partial results fit into WORKSPACE; the whole prefix (warm-up) is the case where every block is selected.
+partial results fit into plan.WORKSPACE; the whole prefix (warm-up) is the case where every block is selected.
 Everything is summed by one owner in a fixed order: no atomics.
 """
 
@@ -14,24 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
+from longforge.kernels.index_loss import plan
 from longforge.kernels.index_loss.triton_kernels import GAIN, gradient_by_page, lse_by_page
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.page_readers import BYTES_PER_ENTRY, Pieces, Readers, cut, readers
+from longforge.kernels.page_readers import Pieces, Readers, cut, readers
 from longforge.kernels.triton_pages import (
     add_parts,
     add_pieces,
-    check_tensors,
+    check_sizes,
     padded,
     precision_of,
-    with_dense_rows,
 )
 
-__all__ = ["WORKSPACE", "index_loss"]
-
-WORKSPACE = 1 << 30
-"""About the most bytes of partial results of one chunk of queries."""
-ROOMS = 2048
-"""About the most partial gradients of pages that many queries read."""
+__all__ = ["index_loss"]
 
 
 def index_loss(
@@ -46,8 +41,8 @@ def index_loss(
     weights: Tensor,
 ) -> Tensor:
     """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], q [N, Hq, D], k_pages [S, Bk, Hkv, D] -> scalar. See
-    api.py. Raises InputError for tensors that are not on CUDA, float64, dims or blocks above 128."""
-    check_tensors("index_loss", q, layout.block_size, q.shape[2], index_q.shape[2])
+    api.py. Raises InputError for float64, dims or blocks above 128."""
+    check_sizes("index_loss", q, layout.block_size, q.shape[2], index_q.shape[2])
     apply: Any = _IndexLoss.apply
     return apply(index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights)
 
@@ -57,8 +52,7 @@ class _IndexLoss(torch.autograd.Function):
     def forward(ctx, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         inputs = _Inputs(
-            index_q.contiguous(), with_dense_rows(index_k_pages), q.contiguous(), with_dense_rows(k_pages),
-            layout, scale, index_scale,
+            index_q.contiguous(), index_k_pages, q.contiguous(), k_pages, layout, scale, index_scale
         )  # fmt: skip
         loss, *grads = _divergence(inputs, blocks, weights, wanted)
         if wanted:
@@ -95,27 +89,22 @@ class _Inputs:
         return replace(self, index_q=self.index_q[rows], q=self.q[rows], layout=layout)
 
     @property
-    def tile(self) -> int:
-        """Tokens of a page that one program holds."""
-        return min(padded(self.layout.block_size), 32 if self.q.dtype == torch.float32 else 128)
+    def tiles(self) -> plan.Tiles:
+        return plan.tiles_of(self.q.dtype, self.layout.block_size)
 
     @property
     def subs(self) -> int:
-        return triton.cdiv(self.layout.block_size, self.tile)
-
-    @property
-    def queries(self) -> int:
-        """Queries of one step of a kernel."""
-        return 32 if self.q.dtype == torch.float32 else 64
+        """Tiles of a block."""
+        return triton.cdiv(self.layout.block_size, self.tiles.tokens)
 
     def sizes(self) -> dict[str, Any]:
         """The arguments that both kernels take by name."""
         dim, index_dim, groups = self.q.shape[2], self.index_q.shape[2], self.k.shape[2]
+        tiles = self.tiles
         return {
-            "HKV": groups, "G": self.q.shape[1] // groups, "D": dim, "DIM": padded(dim),
-            "DI": index_dim, "DIM_I": padded(index_dim), "QUERIES": self.queries, "TILE": self.tile,
-            "PRECISION": precision_of(self.q.dtype),
-            "num_warps": 4 if self.q.dtype == torch.float32 else 8,
+            "HKV": groups, "G": self.q.shape[1] // groups, "D": dim, "DIM": padded(dim), "DI": index_dim,
+            "DIM_I": padded(index_dim), "QUERIES": tiles.queries, "TILE": tiles.tokens,
+            "PRECISION": precision_of(self.q.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
 
@@ -132,7 +121,9 @@ def _divergence(inputs: _Inputs, blocks: Tensor | None, weights: Tensor, wanted:
     page_shape = (*inputs.index_k.shape[:2], groups, index_dim)
     d_index_k = torch.zeros(page_shape if wanted else (0,), device=weights.device)
     top_k = inputs.layout.page_table.shape[1] if blocks is None else blocks.shape[2]
-    step = _queries_per_chunk(inputs, top_k)
+    index_row = index_dim * inputs.index_q.element_size()
+    per_group = inputs.q.shape[1] // groups
+    step = min(max(1, n), plan.queries_per_chunk(groups * top_k, per_group, index_row, inputs.subs))
     for at in range(0, n, step):
         rows = slice(at, at + step)
         part = inputs.rows(rows)
@@ -155,14 +146,6 @@ def _whole_prefix(inputs: _Inputs, groups: int) -> Tensor:
     return torch.where(ids <= own[:, None], ids, -1)[:, None].expand(-1, groups, -1)
 
 
-def _queries_per_chunk(inputs: _Inputs, top_k: int) -> int:
-    """Queries whose partial results fit into WORKSPACE."""
-    n, groups, index_dim = inputs.index_q.shape
-    per_group = inputs.q.shape[1] // groups
-    part = 4 * per_group + 8 + index_dim * inputs.index_q.element_size()
-    return max(1, min(n, WORKSPACE // (groups * top_k * (inputs.subs * part + BYTES_PER_ENTRY))))
-
-
 def _chunk(
     inputs: _Inputs, blocks: Tensor, weights: Tensor, d_index_q: Tensor | None, d_index_k: Tensor
 ) -> Tensor:
@@ -173,7 +156,7 @@ def _chunk(
     n, groups, index_dim = inputs.index_q.shape
     top_k, subs = blocks.shape[2], inputs.subs
     wanted = d_index_q is not None
-    pieces = cut(read, max(4 * inputs.queries, triton.cdiv(2 * read.entries.shape[0], ROOMS)))
+    pieces = cut(read, plan.gradient_piece(inputs.tiles, read.entries.shape[0]))
     parts = inputs.index_q.new_empty((n, groups, top_k, subs, 1, index_dim) if wanted else (0,))
     rooms = (pieces.rooms if wanted else 0, inputs.layout.block_size, index_dim)
     partial = torch.empty(rooms, dtype=torch.float32, device=weights.device)
@@ -182,7 +165,7 @@ def _chunk(
         inputs.index_q, inputs.index_k, inputs.q, inputs.k, weights.float(), teacher, student,
         *_passing(read, pieces), pieces.room, divergence, parts, d_index_k, partial,
         inputs.scale, inputs.index_scale, top_k, *inputs.index_k.stride()[:2], *inputs.k.stride()[:3],
-        BLOCK=inputs.layout.block_size, WITH_GRADIENTS=wanted, num_stages=2, **inputs.sizes(),
+        BLOCK=inputs.layout.block_size, WITH_GRADIENTS=wanted, **inputs.sizes(),
     )  # fmt: skip
     if d_index_q is not None:
         add_pieces(partial, pieces, d_index_k)
@@ -196,11 +179,11 @@ def _log_sums(inputs: _Inputs, read: Readers) -> tuple[Tensor, Tensor]:
     subs, per_group = inputs.subs, inputs.q.shape[1] // groups
     parts = torch.full((n, groups, top_k * subs, per_group), float("-inf"), device=inputs.q.device)
     index_parts = torch.full((n, groups, top_k * subs), float("-inf"), device=inputs.q.device)
-    pieces = cut(read, 4 * inputs.queries)
+    pieces = cut(read, 4 * inputs.tiles.queries)
     lse_by_page[(pieces.segment.shape[0], subs)](
         inputs.index_q, inputs.index_k, inputs.q, inputs.k, *_passing(read, pieces), parts, index_parts,
         inputs.scale, inputs.index_scale, top_k, *inputs.index_k.stride()[:2], *inputs.k.stride()[:3],
-        num_stages=2, **inputs.sizes(),
+        **inputs.sizes(),
     )  # fmt: skip
     return parts.logsumexp(2), index_parts.logsumexp(2)
 

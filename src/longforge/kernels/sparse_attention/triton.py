@@ -1,11 +1,8 @@
-"""Block-sparse attention on the GPU: which kernels run in which order for a shape, and their memory.
-
-NOTES.md beside this counts the bytes and operations that the choices rest on.
-"""
+"""Block-sparse attention on the GPU: launches the kernels beside this as plan.py says."""
 
 # pyright: reportMissingImports=false
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +10,9 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
-from longforge.kernels.page_readers import BYTES_PER_ENTRY, Readers, cut, readers
+from longforge.kernels.page_readers import cut, readers
+from longforge.kernels.sparse_attention import plan
+from longforge.kernels.sparse_attention.plan import Order, Shape, shape_of
 from longforge.kernels.sparse_attention.triton_backward import (
     backward_by_page,
     d_q_by_query,
@@ -25,25 +24,15 @@ from longforge.kernels.triton_pages import (
     LOG2E,
     add_parts,
     add_pieces,
-    check_tensors,
+    check_sizes,
     padded,
     precision_of,
-    with_dense_rows,
 )
 
-__all__ = ["MOST_HEADS", "WORKSPACE", "Order", "sparse_attention"]
+__all__ = ["MOST_HEADS", "sparse_attention"]
 
-Order = Literal["query", "split", "page"]
-"""By query, by query with one program per slot (decode), by page."""
-
-WORKSPACE = 1 << 30
-"""Most bytes of partial results of one pass by page; longer inputs go through it in chunks of queries."""
 MOST_HEADS = 16
 """Most query heads of a group."""
-SPLIT_PROGRAMS = 1024
-"""Fewer programs than this by query leave most of the device idle, so each slot gets its own."""
-ROOMS = 2048
-"""About the most partial gradients of pages that many queries read."""
 
 
 def sparse_attention(
@@ -57,43 +46,30 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [N, Hq, D], k_pages, v_pages [S, Bk, Hkv, D], blocks [N, Hkv, K] -> out, lse. See api.py.
 
-    order: None chooses by shape. Results do not depend on it beyond rounding.
-    Raises InputError for tensors that are not on CUDA, float64, dims or blocks above 128, more than 16 heads
-    in a group.
+    order: None chooses by shape. Results do not depend on it beyond rounding, and never on chance.
+    Raises InputError for float64, dims or blocks above 128, more than 16 heads in a group.
     """
-    check_tensors("sparse_attention", q, layout.block_size, q.shape[2])
+    check_sizes("sparse_attention", q, layout.block_size, q.shape[2])
     if q.shape[1] > MOST_HEADS * k_pages.shape[2]:
         raise InputError(
             f"sparse_attention backend 'triton': at most {MOST_HEADS} query heads in a group expected, "
             f"got {q.shape[1] // k_pages.shape[2]}"
         )
     blocks = blocks.to(torch.int32).contiguous()
-    order = order or _order(q, k_pages, blocks, layout)
+    order = order or plan.choose_order(shape_of(q, blocks, layout), layout.page_table.numel())
     if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
         apply: Any = _SparseAttention.apply
         return apply(q, k_pages, v_pages, blocks, layout, scale, order)
     return _attend(q.contiguous(), k_pages, v_pages, blocks, layout, scale, order)
 
 
-def _order(q: Tensor, k_pages: Tensor, blocks: Tensor, layout: PackedLayout) -> Order:
-    """By page where partial results cost less memory traffic than reading each block once per query, and
-    where a page has enough readers to fill half a tile of 128 rows."""
-    n, groups, top_k = blocks.shape
-    per_group = q.shape[1] // groups
-    if n * groups < SPLIT_PROGRAMS:
-        return "split"
-    rows_per_block = n * top_k * per_group / max(1, layout.page_table.numel())
-    return "page" if layout.block_size >= 4 * per_group and rows_per_block >= 64 else "query"
-
-
-def _attend(q, k_pages, v_pages, blocks, layout, scale, order: Order) -> tuple[Tensor, Tensor]:
-    """out [N, Hq, D] in q's dtype, lse fp32 [N, Hq]. q is contiguous."""
-    k, v = with_dense_rows(k_pages), with_dense_rows(v_pages)
+def _attend(q, k, v, blocks, layout, scale, order: Order) -> tuple[Tensor, Tensor]:
+    """out [N, Hq, D] in q's dtype, lse fp32 [N, Hq]. q is contiguous, k and v in their last dimension."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.shape[0] == 0:
         return out, lse
     if order == "page":
-        step = _queries_per_chunk(q, blocks, layout)
+        step = plan.queries_per_chunk(shape_of(q, blocks, layout))
         for at in range(0, q.shape[0], step):
             rows = slice(at, at + step)
             _by_page(q[rows], k, v, blocks[rows], _rows_of(layout, rows), scale, out[rows], lse[rows])
@@ -103,45 +79,55 @@ def _attend(q, k_pages, v_pages, blocks, layout, scale, order: Order) -> tuple[T
 
 
 def _by_query(q, k, v, blocks, layout, scale, out, lse, split: bool) -> None:
-    n, heads, dim = q.shape
-    groups, top_k = blocks.shape[1:]
-    per_group = heads // groups
-    splits = top_k if split else 1
+    shape = shape_of(q, blocks, layout)
+    tiles = plan.by_query_tiles(shape)
+    splits = shape.top_k if split else 1
     parts, part_lse = out, lse
     if splits > 1:
-        parts = q.new_empty((n, groups, splits, per_group, dim), dtype=torch.float32)
-        part_lse = lse.new_empty((n, groups, splits, per_group))
-    wide = q.dtype == torch.float32
-    forward_by_query[(n, groups, splits)](
-        q, k, v, blocks, layout.positions, layout.paths, layout.page_table, parts, part_lse,
-        scale * LOG2E, 1.0 if splits > 1 else LN2, layout.page_table.shape[1],
-        *k.stride()[:3], *v.stride()[:3],
-        HKV=groups, G=per_group, D=dim, TOP_K=top_k, SLOTS=top_k // splits, BLOCK=layout.block_size,
-        ROWS=padded(per_group), DIM=padded(dim), TILE=min(padded(layout.block_size), 32 if wide else 64),
-        PRECISION=precision_of(q.dtype), num_warps=4, num_stages=2 if wide else 3,
+        rows = shape.tokens, shape.groups, splits, shape.per_group
+        parts = q.new_empty((*rows, shape.dim), dtype=torch.float32)
+        part_lse = lse.new_empty(rows)
+    forward_by_query[(shape.tokens, shape.groups, splits)](
+        q, k, v, blocks, *_places(layout), parts, part_lse, scale * LOG2E, 1.0 if splits > 1 else LN2,
+        *k.stride()[:3], *v.stride()[:3], **_by_query_sizes(shape), SLOTS=shape.top_k // splits,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         _combine(parts, part_lse, out, lse)
 
 
+def _by_query_sizes(shape: Shape) -> dict[str, Any]:
+    tiles = plan.by_query_tiles(shape)
+    return {
+        "HKV": shape.groups, "G": shape.per_group, "D": shape.dim, "TOP_K": shape.top_k,
+        "BLOCK": shape.block_size, "ROWS": tiles.rows, "DIM": padded(shape.dim), "TILE": tiles.tokens,
+        "PRECISION": precision_of(shape.dtype),
+    }  # fmt: skip
+
+
 def _by_page(q, k, v, blocks, layout, scale, out, lse) -> None:
-    n, heads, dim = q.shape
-    groups, top_k = blocks.shape[1:]
-    per_group = heads // groups
-    tile = _page_tile(q, layout)
-    subs = triton.cdiv(layout.block_size, tile)
-    rows, _ = _page_rows(q, forward=True)
+    shape = shape_of(q, blocks, layout)
+    tiles = plan.forward_by_page_tiles(shape)
+    subs = triton.cdiv(shape.block_size, tiles.tokens)
     read = readers(blocks, layout, k.shape[0])
-    pieces = cut(read, 8 * (rows // per_group))
-    parts = q.new_empty((n, groups, top_k * subs, per_group, dim))
-    part_lse = lse.new_full((n, groups, top_k * subs, per_group), float("-inf"))
+    pieces = cut(read, 8 * (tiles.rows // shape.per_group))
+    rows = shape.tokens, shape.groups, shape.top_k * subs, shape.per_group
+    parts = q.new_empty((*rows, shape.dim))
+    part_lse = lse.new_full(rows, float("-inf"))
     forward_by_page[(pieces.segment.shape[0], subs)](
         q, k, v, read.entries, read.seen, read.deepest, pieces.segment, pieces.first, pieces.count,
-        parts, part_lse, scale * LOG2E, top_k, *k.stride()[:3], *v.stride()[:3],
-        HKV=groups, G=per_group, D=dim, BLOCK=layout.block_size, ROWS=rows, DIM=padded(dim), TILE=tile,
-        PRECISION=precision_of(q.dtype), num_warps=8 if rows == 128 else 4, num_stages=2,
+        parts, part_lse, scale * LOG2E, shape.top_k, *k.stride()[:3], *v.stride()[:3],
+        **_by_page_sizes(shape, tiles), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     _combine(parts, part_lse, out, lse)
+
+
+def _by_page_sizes(shape: Shape, tiles: plan.Tiles) -> dict[str, Any]:
+    return {
+        "HKV": shape.groups, "G": shape.per_group, "D": shape.dim, "BLOCK": shape.block_size,
+        "ROWS": tiles.rows, "DIM": padded(shape.dim), "TILE": tiles.tokens,
+        "PRECISION": precision_of(shape.dtype),
+    }  # fmt: skip
 
 
 def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -165,12 +151,9 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, _):
-        q, k_pages, v_pages, blocks, out, lse = ctx.saved_tensors
-        grads = _gradients(
-            q, with_dense_rows(k_pages), with_dense_rows(v_pages), blocks, ctx.layout, ctx.scale, ctx.order,
-            out, lse, d_out.contiguous(),
-        )  # fmt: skip
-        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k_pages, v_pages), strict=True)), *[None] * 4
+        q, k, v, blocks, out, lse = ctx.saved_tensors
+        grads = _gradients(q, k, v, blocks, ctx.layout, ctx.scale, ctx.order, out, lse, d_out.contiguous())
+        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), *[None] * 4
 
 
 def _gradients(q, k, v, blocks, layout, scale, order: Order, out, lse, d_out) -> tuple[Tensor, ...]:
@@ -181,15 +164,13 @@ def _gradients(q, k, v, blocks, layout, scale, order: Order, out, lse, d_out) ->
         return d_q, d_k, d_v
     delta = _output_products(out, d_out)
     by_page = order == "page"
-    step = _queries_per_chunk(q, blocks, layout) if by_page else q.shape[0]
+    step = plan.queries_per_chunk(shape_of(q, blocks, layout)) if by_page else q.shape[0]
     for at in range(0, q.shape[0], step):
         rows = slice(at, at + step)
-        part = _rows_of(layout, rows)
-        read = readers(blocks[rows], part, k.shape[0])
-        d_q_part = d_q[rows] if by_page else None
         _gradients_by_page(
-            q[rows], k, v, read, part, scale, lse[rows], delta[rows], d_out[rows], d_q_part, d_k, d_v
-        )
+            q[rows], k, v, blocks[rows], _rows_of(layout, rows), scale, lse[rows], delta[rows], d_out[rows],
+            d_q[rows] if by_page else None, d_k, d_v,
+        )  # fmt: skip
     if not by_page:
         _d_q_by_query(q, k, v, blocks, layout, scale, lse, delta, d_out, d_q)
     return d_q, d_k, d_v
@@ -206,24 +187,24 @@ def _output_products(out: Tensor, d_out: Tensor) -> Tensor:
 
 
 def _gradients_by_page(
-    q, k, v, read: Readers, layout, scale, lse, delta, d_out, d_q: Tensor | None, d_k, d_v
+    q, k, v, blocks, layout, scale, lse, delta, d_out, d_q: Tensor | None, d_k, d_v
 ) -> None:
     """Adds to d_k and d_v; with d_q also writes that."""
-    n, heads, dim = q.shape
-    groups, top_k = read.shown.shape[1:]
-    per_group = heads // groups
-    tile = _page_tile(q, layout)
-    subs = triton.cdiv(layout.block_size, tile)
-    rows, warps = _page_rows(q, forward=False)
-    pieces = cut(read, _piece_of_gradients(read.entries.shape[0], rows // per_group))
-    partial_k, partial_v = (q.new_empty((pieces.rooms, k.shape[1], dim), dtype=torch.float32) for _ in "kv")
-    parts = q if d_q is None else q.new_empty((n, groups, top_k, subs, per_group, dim))
+    shape = shape_of(q, blocks, layout)
+    tiles = plan.backward_by_page_tiles(shape)
+    subs = triton.cdiv(shape.block_size, tiles.tokens)
+    read = readers(blocks, layout, k.shape[0])
+    pieces = cut(read, plan.gradient_piece(shape))
+    rooms = pieces.rooms, shape.block_size, shape.dim
+    partial_k, partial_v = (q.new_empty(rooms, dtype=torch.float32) for _ in "kv")
+    parts = q
+    if d_q is not None:
+        parts = q.new_empty((shape.tokens, shape.groups, shape.top_k, subs, shape.per_group, shape.dim))
     backward_by_page[(pieces.segment.shape[0], subs)](
         q, k, v, d_out, lse, delta, read.entries, read.seen, read.deepest,
         pieces.segment, pieces.first, pieces.count, pieces.room, d_k, d_v, partial_k, partial_v, parts,
-        scale, top_k, *k.stride()[:3], *v.stride()[:3],
-        HKV=groups, G=per_group, D=dim, BLOCK=layout.block_size, ROWS=rows, DIM=padded(dim), TILE=tile,
-        WITH_DQ=d_q is not None, PRECISION=precision_of(q.dtype), num_warps=warps, num_stages=2,
+        scale, shape.top_k, *k.stride()[:3], *v.stride()[:3], **_by_page_sizes(shape, tiles),
+        WITH_DQ=d_q is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     add_pieces(partial_k, pieces, d_k)
     add_pieces(partial_v, pieces, d_v)
@@ -232,46 +213,22 @@ def _gradients_by_page(
 
 
 def _d_q_by_query(q, k, v, blocks, layout, scale, lse, delta, d_out, d_q) -> None:
-    n, heads, dim = q.shape
-    groups, top_k = blocks.shape[1:]
-    wide = q.dtype == torch.float32
-    d_q_by_query[(n, groups)](
-        q, k, v, d_out, lse, delta, blocks, layout.positions, layout.paths, layout.page_table, d_q,
-        scale, layout.page_table.shape[1], *k.stride()[:3], *v.stride()[:3],
-        HKV=groups, G=heads // groups, D=dim, TOP_K=top_k, BLOCK=layout.block_size,
-        ROWS=padded(heads // groups), DIM=padded(dim),
-        TILE=min(padded(layout.block_size), 32 if wide else 64), PRECISION=precision_of(q.dtype),
-        num_warps=4, num_stages=2,
+    shape = shape_of(q, blocks, layout)
+    d_q_by_query[(shape.tokens, shape.groups)](
+        q, k, v, d_out, lse, delta, blocks, *_places(layout), d_q, scale,
+        *k.stride()[:3], *v.stride()[:3], **_by_query_sizes(shape),
+        num_warps=plan.by_query_tiles(shape).warps, num_stages=2,
     )  # fmt: skip
+
+
+def _places(layout: PackedLayout) -> tuple[Any, ...]:
+    """What kernels by query take to find a query's pages; the table may be a view of a wider one."""
+    table = layout.page_table
+    table = table if table.stride(1) == 1 else table.contiguous()
+    return layout.positions.contiguous(), layout.paths.contiguous(), table, table.stride(0)
 
 
 def _rows_of(layout: PackedLayout, rows: slice) -> PackedLayout:
     return replace(
         layout, positions=layout.positions[rows], paths=layout.paths[rows], slots=layout.slots[rows]
     )
-
-
-def _page_tile(q: Tensor, layout: PackedLayout) -> int:
-    """Tokens of a page that one program holds."""
-    return min(padded(layout.block_size), 32 if q.dtype == torch.float32 else 128)
-
-
-def _page_rows(q: Tensor, forward: bool) -> tuple[int, int]:
-    """(query rows of one step by page, warps)."""
-    if q.dtype == torch.float32:
-        return 32, 4
-    return (128, 8) if forward else (64, 8)
-
-
-def _piece_of_gradients(entries: int, queries: int) -> int:
-    """Entries of one program that sums gradients: enough programs for balance, not too many partial sums."""
-    return max(32 * queries, triton.cdiv(2 * entries, ROOMS))
-
-
-def _queries_per_chunk(q: Tensor, blocks: Tensor, layout: PackedLayout) -> int:
-    """Queries whose partial results fit into WORKSPACE."""
-    n, heads, dim = q.shape
-    groups, top_k = blocks.shape[1:]
-    subs = triton.cdiv(layout.block_size, _page_tile(q, layout))
-    partial = heads * top_k * subs * (dim * q.element_size() + 4)
-    return max(1, min(n, WORKSPACE // (partial + groups * top_k * BYTES_PER_ENTRY)))

@@ -47,10 +47,10 @@ def d_q_by_query(
     Blocks,  # int32 [N, HKV, TOP_K]
     Positions,
     Paths,
-    Table,
+    Table,  # int32 [P, M], rows table_row apart
+    table_row,
     DQ,  # [N, Hq, D]
     scale,
-    table_width,
     k_page, k_row, k_head, v_page, v_row, v_head,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -68,7 +68,7 @@ def d_q_by_query(
     g = tl.program_id(1)
     unit = n * HKV + g
     position = tl.load(Positions + n)
-    pages = Table + tl.load(Paths + n) * table_width
+    pages = Table + tl.load(Paths + n) * table_row
     head = tl.arange(0, ROWS)
     rows = unit * G + head
     q = load_rows(Q, rows * D, head < G, D, DIM)

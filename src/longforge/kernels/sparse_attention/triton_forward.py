@@ -27,12 +27,12 @@ def forward_by_query(
     Blocks,  # int32 [N, HKV, TOP_K]
     Positions,  # int64 [N]
     Paths,
-    Table,  # int32 [P, table_width]
+    Table,  # int32 [P, M], rows table_row apart
+    table_row,
     Out,  # [N, HKV, splits, G, D]
     Lse,  # fp32 [N, HKV, splits, G]
     scale_log2,
     to_lse,  # 1 for an Lse in base 2, ln(2) for the natural one
-    table_width,
     k_page, k_row, k_head, v_page, v_row, v_head,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -52,7 +52,7 @@ def forward_by_query(
     split = tl.program_id(2)
     unit = n * HKV + g
     position = tl.load(Positions + n)
-    pages = Table + tl.load(Paths + n) * table_width
+    pages = Table + tl.load(Paths + n) * table_row
     head = tl.arange(0, ROWS)
     q = load_rows(Q, (unit * G + head) * D, head < G, D, DIM)
     top = tl.full([ROWS], float("-inf"), tl.float32)
