@@ -14,6 +14,8 @@ from longforge.kernels.page_readers import cut
 from longforge.kernels.select_blocks import select_blocks
 from triton_device import DEVICES, need, on
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+"""The interpreter computes with numpy, which warns of infinities that masks then take away."""
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_support = pytest.mark.parametrize("warm_up", [False, True], ids=["selected", "warm-up"])
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -54,7 +56,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 
 @each_device
 @each_support
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", SMALL_CASES[1:], ids=lambda c: c.name)
 def test_loss_and_gradients_equal_float64(case: Case, warm_up: bool, device: str):
     need(device)
     inputs = on(device, make_inputs(case))
@@ -62,6 +64,15 @@ def test_loss_and_gradients_equal_float64(case: Case, warm_up: bool, device: str
     got = with_gradients(inputs, blocks, weights=weights, scale=0.3, index_scale=0.2)
     wanted = exact(inputs, blocks, weights=weights, scale=0.3, index_scale=0.2)
     assert_close(got, wanted, TOLERANCE[torch.float32])
+
+
+@each_device
+@each_support
+def test_one_token_has_nothing_to_choose_from(warm_up: bool, device: str):
+    need(device)
+    inputs = on(device, make_inputs(SMALL_CASES[0]))
+    results = with_gradients(inputs, support_of(inputs, SMALL_CASES[0], warm_up))
+    assert all(float(x.abs().max()) < 2e-6 for x in results)
 
 
 @each_device

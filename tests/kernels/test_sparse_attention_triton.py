@@ -17,6 +17,8 @@ from longforge.kernels.sparse_attention import triton as backend
 from longforge.kernels.sparse_attention.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs, take
 from triton_device import DEVICES, need, on
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+"""The interpreter computes with numpy, which warns of infinities that masks then take away."""
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_order = pytest.mark.parametrize("order", ["query", "split", "page"])
 NAMES = ("out", "lse", "d_q", "d_k", "d_v")

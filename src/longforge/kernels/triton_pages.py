@@ -20,6 +20,7 @@ __all__ = [
     "add_parts_kernel",
     "add_pieces",
     "add_pieces_kernel",
+    "add_rows",
     "check_sizes",
     "dot",
     "load_rows",
@@ -62,6 +63,20 @@ def store_rows(base, offsets, value, live, D: tl.constexpr, DIM: tl.constexpr):
     if D < DIM:
         mask = mask & (d < D)[None, :]
     tl.store(base + offsets[:, None] + d[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows(base, offsets, value, live, D: tl.constexpr, DIM: tl.constexpr):
+    """Adds the first D columns of value [rows, DIM] where live, fp32.
+
+    For a program that alone adds to these rows in its launch, so the order of additions is fixed. The addition
+    is one instruction in memory: loading the rows first takes registers that the kernel does not have.
+    """
+    d = tl.arange(0, DIM)
+    mask = live[:, None]
+    if D < DIM:
+        mask = mask & (d < D)[None, :]
+    tl.atomic_add(base + offsets[:, None] + d[None, :], value, mask=mask, sem="relaxed")
 
 
 @triton.jit

@@ -10,7 +10,7 @@ the mean over heads is then a sum of tiles of one shape.
 import triton
 import triton.language as tl
 
-from longforge.kernels.triton_pages import LN2, LOG2E, dot, load_rows, store_rows
+from longforge.kernels.triton_pages import LN2, LOG2E, add_rows, dot, load_rows, store_rows
 
 __all__ = ["GAIN", "gradient_by_page", "lse_by_page"]
 
@@ -169,7 +169,6 @@ def gradient_by_page(
         room = tl.load(PieceRoom + piece).to(tl.int64)
         if room < 0:
             where = ((page * BLOCK + row) * HKV + g) * DI
-            so_far = load_rows(DIndexK, where, inside, DI, DIM_I)
-            store_rows(DIndexK, where, so_far + d_index_k, inside, DI, DIM_I)
+            add_rows(DIndexK, where, d_index_k, inside, DI, DIM_I)
         else:
             store_rows(PartialK, (room * BLOCK + row) * DI, d_index_k, inside, DI, DIM_I)

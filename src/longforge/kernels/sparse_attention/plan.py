@@ -95,7 +95,7 @@ def forward_by_page_tiles(shape: Shape) -> Tiles:
 def backward_by_page_tiles(shape: Shape) -> Tiles:
     """Four tiles of accumulators leave room for 64 rows."""
     if shape.dtype == torch.float32:
-        return Tiles(32, min(padded(shape.block_size), 32), warps=4, stages=2)
+        return Tiles(32, min(padded(shape.block_size), 32), warps=8, stages=1)
     return Tiles(64, min(padded(shape.block_size), 128), warps=8, stages=2)
 
 

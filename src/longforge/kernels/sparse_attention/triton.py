@@ -180,8 +180,8 @@ def _output_products(out: Tensor, d_out: Tensor) -> Tensor:
     """fp32 [N, Hq]."""
     n, heads, dim = out.shape
     delta = out.new_empty((n, heads), dtype=torch.float32)
-    output_products[(triton.cdiv(n * heads, 32),)](
-        out, d_out, delta, n * heads, D=dim, DIM=padded(dim), ROWS=32, num_warps=4
+    output_products[(triton.cdiv(n * heads, 16),)](
+        out, d_out, delta, n * heads, D=dim, DIM=padded(dim), ROWS=16, num_warps=4
     )
     return delta
 

@@ -11,7 +11,7 @@ result per slot, or by query.
 import triton
 import triton.language as tl
 
-from longforge.kernels.triton_pages import LOG2E, dot, load_rows, store_rows
+from longforge.kernels.triton_pages import LOG2E, add_rows, dot, load_rows, store_rows
 
 __all__ = ["backward_by_page", "d_q_by_query", "output_products"]
 
@@ -162,8 +162,8 @@ def backward_by_page(
     room = tl.load(PieceRoom + piece).to(tl.int64)
     if room < 0:
         where = ((page * BLOCK + row) * HKV + g) * D
-        store_rows(DK, where, load_rows(DK, where, inside, D, DIM) + d_k * scale, inside, D, DIM)
-        store_rows(DV, where, load_rows(DV, where, inside, D, DIM) + d_v, inside, D, DIM)
+        add_rows(DK, where, d_k * scale, inside, D, DIM)
+        add_rows(DV, where, d_v, inside, D, DIM)
     else:
         where = (room * BLOCK + row) * D
         store_rows(PartialK, where, d_k * scale, inside, D, DIM)

@@ -92,7 +92,7 @@ def _backward(name: str, shape: Shape) -> list[KernelSpec]:
     )  # fmt: skip
     products = KernelSpec(
         f"output products, {name}", triton_backward.output_products,
-        {"Out": half, "DOut": half, "Delta": single, "rows": "i32"}, {**padding, "ROWS": 32},
+        {"Out": half, "DOut": half, "Delta": single, "rows": "i32"}, {**padding, "ROWS": 16},
     )  # fmt: skip
     parts = KernelSpec(
         f"sum of parts, {name}", add_parts_kernel,
