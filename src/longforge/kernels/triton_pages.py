@@ -69,8 +69,8 @@ def store_rows(base, offsets, value, live, D: tl.constexpr, DIM: tl.constexpr):
 def add_rows(base, offsets, value, live, D: tl.constexpr, DIM: tl.constexpr):
     """Adds the first D columns of value [rows, DIM] where live, fp32.
 
-    For a program that alone adds to these rows in its launch, so the order of additions is fixed. The addition
-    is one instruction in memory: loading the rows first takes registers that the kernel does not have.
+    For a program that alone adds to these rows in its launch, so the order of additions is fixed. The
+    addition is one instruction in memory: loading the rows first takes registers that the kernel lacks.
     """
     d = tl.arange(0, DIM)
     mask = live[:, None]

@@ -12,8 +12,8 @@ CASES = (
 )
 SMALL_CASES = (
     Case((1,), 1, 1, 16, 16, 16, 1),
-    Case((21, 1, 6), 4, 2, 16, 16, 4, 3),
-    Case((19,), 16, 1, 64, 16, 16, 2),
+    Case((14, 1, 5), 4, 2, 16, 16, 4, 3),
+    Case((19,), 16, 1, 64, 16, 16, 2, tail=5),
     Case((13,), 7, 1, 5, 33, 5, 2),
 )
 """Few programs: Triton's interpreter takes milliseconds for each."""

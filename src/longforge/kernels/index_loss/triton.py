@@ -6,12 +6,10 @@ partial results fit into plan.WORKSPACE; the whole prefix (warm-up) is the case 
 Everything is summed by one owner in a fixed order: no atomics.
 """
 
-# pyright: reportMissingImports=false
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from longforge.kernels.index_loss import plan
@@ -88,24 +86,19 @@ class _Inputs:
         )
         return replace(self, index_q=self.index_q[rows], q=self.q[rows], layout=layout)
 
-    @property
-    def tiles(self) -> plan.Tiles:
-        return plan.tiles_of(self.q.dtype, self.layout.block_size)
-
-    @property
-    def subs(self) -> int:
-        """Tiles of a block."""
-        return triton.cdiv(self.layout.block_size, self.tiles.tokens)
-
-    def sizes(self) -> dict[str, Any]:
+    def sizes(self, tiles: plan.Tiles) -> dict[str, Any]:
         """The arguments that both kernels take by name."""
         dim, index_dim, groups = self.q.shape[2], self.index_q.shape[2], self.k.shape[2]
-        tiles = self.tiles
         return {
             "HKV": groups, "G": self.q.shape[1] // groups, "D": dim, "DIM": padded(dim), "DI": index_dim,
-            "DIM_I": padded(index_dim), "QUERIES": tiles.queries, "TILE": tiles.tokens,
-            "PRECISION": precision_of(self.q.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
+            "DIM_I": padded(index_dim), "BLOCK": self.layout.block_size, "QUERIES": tiles.queries,
+            "TILE": tiles.tokens, "PRECISION": precision_of(self.q.dtype), "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
         }  # fmt: skip
+
+    @property
+    def gradient_tiles(self) -> plan.Tiles:
+        return plan.gradient_tiles(self.q.dtype, self.layout.block_size)
 
 
 def _divergence(inputs: _Inputs, blocks: Tensor | None, weights: Tensor, wanted: bool) -> list[Tensor]:
@@ -123,7 +116,8 @@ def _divergence(inputs: _Inputs, blocks: Tensor | None, weights: Tensor, wanted:
     top_k = inputs.layout.page_table.shape[1] if blocks is None else blocks.shape[2]
     index_row = index_dim * inputs.index_q.element_size()
     per_group = inputs.q.shape[1] // groups
-    step = min(max(1, n), plan.queries_per_chunk(groups * top_k, per_group, index_row, inputs.subs))
+    subs = inputs.gradient_tiles.per_block(inputs.layout.block_size)
+    step = min(max(1, n), plan.queries_per_chunk(groups * top_k, per_group, index_row, subs))
     for at in range(0, n, step):
         rows = slice(at, at + step)
         part = inputs.rows(rows)
@@ -154,18 +148,19 @@ def _chunk(
     read = readers(blocks.contiguous(), inputs.layout, inputs.k.shape[0])
     teacher, student = _log_sums(inputs, read)
     n, groups, index_dim = inputs.index_q.shape
-    top_k, subs = blocks.shape[2], inputs.subs
+    top_k, tiles = blocks.shape[2], inputs.gradient_tiles
+    subs = tiles.per_block(inputs.layout.block_size)
     wanted = d_index_q is not None
-    pieces = cut(read, plan.gradient_piece(inputs.tiles, read.entries.shape[0]))
+    pieces = cut(read, plan.gradient_piece(tiles, read.entries.shape[0]))
     parts = inputs.index_q.new_empty((n, groups, top_k, subs, 1, index_dim) if wanted else (0,))
     rooms = (pieces.rooms if wanted else 0, inputs.layout.block_size, index_dim)
     partial = torch.empty(rooms, dtype=torch.float32, device=weights.device)
     divergence = torch.zeros((n, groups, top_k, subs), dtype=torch.float32, device=weights.device)
-    gradient_by_page[(pieces.segment.shape[0], subs)](
+    gradient_by_page[(pieces.segment.shape[0] * subs,)](
         inputs.index_q, inputs.index_k, inputs.q, inputs.k, weights.float(), teacher, student,
         *_passing(read, pieces), pieces.room, divergence, parts, d_index_k, partial,
         inputs.scale, inputs.index_scale, top_k, *inputs.index_k.stride()[:2], *inputs.k.stride()[:3],
-        BLOCK=inputs.layout.block_size, WITH_GRADIENTS=wanted, **inputs.sizes(),
+        WITH_GRADIENTS=wanted, **inputs.sizes(tiles),
     )  # fmt: skip
     if d_index_q is not None:
         add_pieces(partial, pieces, d_index_k)
@@ -176,14 +171,15 @@ def _chunk(
 def _log_sums(inputs: _Inputs, read: Readers) -> tuple[Tensor, Tensor]:
     """Log-sum-exps over the support: fp32 (teacher [n, Hkv, G], student [n, Hkv])."""
     n, groups, top_k = read.shown.shape
-    subs, per_group = inputs.subs, inputs.q.shape[1] // groups
+    tiles = plan.log_sum_tiles(inputs.q.dtype, inputs.layout.block_size)
+    subs, per_group = tiles.per_block(inputs.layout.block_size), inputs.q.shape[1] // groups
     parts = torch.full((n, groups, top_k * subs, per_group), float("-inf"), device=inputs.q.device)
     index_parts = torch.full((n, groups, top_k * subs), float("-inf"), device=inputs.q.device)
-    pieces = cut(read, 4 * inputs.tiles.queries)
-    lse_by_page[(pieces.segment.shape[0], subs)](
+    pieces = cut(read, 4 * tiles.queries)
+    lse_by_page[(pieces.segment.shape[0] * subs,)](
         inputs.index_q, inputs.index_k, inputs.q, inputs.k, *_passing(read, pieces), parts, index_parts,
         inputs.scale, inputs.index_scale, top_k, *inputs.index_k.stride()[:2], *inputs.k.stride()[:3],
-        **inputs.sizes(),
+        **inputs.sizes(tiles),
     )  # fmt: skip
     return parts.logsumexp(2), index_parts.logsumexp(2)
 

@@ -55,13 +55,15 @@ def lse_by_page(
     DIM: tl.constexpr,
     DI: tl.constexpr,
     DIM_I: tl.constexpr,
+    BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, SUBS)."""
-    piece = tl.program_id(0)
-    sub = tl.program_id(1)
+    """Grid (pieces * SUBS,)."""
+    SUBS: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    piece = tl.program_id(0) // SUBS
+    sub = tl.program_id(0) % SUBS
     segment = tl.load(PieceSegment + piece)
     first = tl.load(PieceFirst + piece)
     count = tl.load(PieceCount + piece)
@@ -78,7 +80,7 @@ def lse_by_page(
         seen = tl.load(Seen + first + place, mask=live, other=0)
         visible = row[None, :] < seen[:, None]
         unit = entry // top_k
-        part = entry * tl.num_programs(1) + sub
+        part = entry * SUBS + sub
         index_q = load_rows(IndexQ, unit * DI, live, DI, DIM_I)
         logits = dot(index_q, tl.trans(index_k), PRECISION) * (index_scale * _LOG2E)
         tl.store(StudentLse + part, _log_sum(logits, visible), mask=live)
@@ -124,9 +126,10 @@ def gradient_by_page(
     WITH_GRADIENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, SUBS)."""
-    piece = tl.program_id(0)
-    sub = tl.program_id(1)
+    """Grid (pieces * SUBS,)."""
+    SUBS: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    piece = tl.program_id(0) // SUBS
+    sub = tl.program_id(0) % SUBS
     segment = tl.load(PieceSegment + piece)
     first = tl.load(PieceFirst + piece)
     count = tl.load(PieceCount + piece)
@@ -144,7 +147,7 @@ def gradient_by_page(
         seen = tl.load(Seen + first + place, mask=live, other=0)
         visible = row[None, :] < seen[:, None]
         unit = entry // top_k
-        part = entry * tl.num_programs(1) + sub
+        part = entry * SUBS + sub
         teacher = tl.zeros([QUERIES, TILE], tl.float32)
         for h in range(G):
             q = load_rows(Q, (unit * G + h) * D, live, D, DIM)

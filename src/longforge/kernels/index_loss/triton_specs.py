@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longforge.kernels.index_loss import triton_kernels
-from longforge.kernels.index_loss.plan import Tiles, tiles_of
+from longforge.kernels.index_loss.plan import Tiles, gradient_tiles, log_sum_tiles
 from longforge.kernels.triton_build import KernelSpec
 from longforge.kernels.triton_pages import padded, precision_of
 
@@ -40,28 +40,35 @@ def specs() -> list[KernelSpec]:
 
 def _both_passes(name: str, shape: Shape) -> list[KernelSpec]:
     half, single = POINTERS[shape.dtype], "*fp32"
-    tiles: Tiles = tiles_of(shape.dtype, shape.block_size)
     inputs = {
         **dict.fromkeys(("IndexQ", "IndexK", "Q", "K"), half), **dict.fromkeys(READ, "*i32"),
         **dict.fromkeys(("TeacherLse", "StudentLse"), single), "scale": "fp32", "index_scale": "fp32",
         **dict.fromkeys(("top_k", "i_page", "i_row", "k_page", "k_row", "k_head"), "i32"),
     }  # fmt: skip
-    sizes = {
-        "HKV": 4, "G": shape.per_group, "D": shape.dim, "DIM": padded(shape.dim), "DI": shape.index_dim,
-        "DIM_I": padded(shape.index_dim), "QUERIES": tiles.queries, "TILE": tiles.tokens,
-        "PRECISION": precision_of(shape.dtype),
-    }  # fmt: skip
     gradient = {
         **inputs, **dict.fromkeys(("Weights", "Divergence", "DIndexK", "PartialK"), single),
         "PieceRoom": "*i32", "DIndexQParts": half,
     }  # fmt: skip
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    first = KernelSpec(f"log-sum-exps, {name}", triton_kernels.lse_by_page, inputs, sizes, **options)
+    tiles = log_sum_tiles(shape.dtype, shape.block_size)
+    first = KernelSpec(
+        f"log-sum-exps, {name}", triton_kernels.lse_by_page, inputs, _sizes(shape, tiles),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    tiles = gradient_tiles(shape.dtype, shape.block_size)
     second = [
         KernelSpec(
             f"{'gradients' if wanted else 'value alone'}, {name}", triton_kernels.gradient_by_page, gradient,
-            {**sizes, "BLOCK": shape.block_size, "WITH_GRADIENTS": wanted}, **options,
+            {**_sizes(shape, tiles), "WITH_GRADIENTS": wanted}, num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )
         for wanted in (True, False)
     ]  # fmt: skip
     return [first, *second]
+
+
+def _sizes(shape: Shape, tiles: Tiles) -> dict[str, object]:
+    return {
+        "HKV": 4, "G": shape.per_group, "D": shape.dim, "DIM": padded(shape.dim), "DI": shape.index_dim,
+        "DIM_I": padded(shape.index_dim), "BLOCK": shape.block_size, "QUERIES": tiles.queries,
+        "TILE": tiles.tokens, "PRECISION": precision_of(shape.dtype),
+    }  # fmt: skip

@@ -95,7 +95,7 @@ def forward_by_page_tiles(shape: Shape) -> Tiles:
 def backward_by_page_tiles(shape: Shape) -> Tiles:
     """Four tiles of accumulators leave room for 64 rows."""
     if shape.dtype == torch.float32:
-        return Tiles(32, min(padded(shape.block_size), 32), warps=8, stages=1)
+        return Tiles(32, min(padded(shape.block_size), 16), warps=8, stages=1)
     return Tiles(64, min(padded(shape.block_size), 128), warps=8, stages=2)
 
 
@@ -108,6 +108,6 @@ def gradient_piece(shape: Shape) -> int:
 
 def queries_per_chunk(shape: Shape) -> int:
     """Queries whose partial results fit into WORKSPACE."""
-    parts = shape.top_k * -(-shape.block_size // forward_by_page_tiles(shape).tokens)
+    parts = shape.top_k * -(-shape.block_size // backward_by_page_tiles(shape).tokens)
     partial = shape.per_group * parts * (shape.dim * shape.dtype.itemsize + 4)
     return max(1, min(shape.tokens, WORKSPACE // (shape.groups * (partial + shape.top_k * BYTES_PER_ENTRY))))

@@ -114,7 +114,7 @@ def _by_page(q, k, v, blocks, layout, scale, out, lse) -> None:
     rows = shape.tokens, shape.groups, shape.top_k * subs, shape.per_group
     parts = q.new_empty((*rows, shape.dim))
     part_lse = lse.new_full(rows, float("-inf"))
-    forward_by_page[(pieces.segment.shape[0], subs)](
+    forward_by_page[(pieces.segment.shape[0] * subs,)](
         q, k, v, read.entries, read.seen, read.deepest, pieces.segment, pieces.first, pieces.count,
         parts, part_lse, scale * LOG2E, shape.top_k, *k.stride()[:3], *v.stride()[:3],
         **_by_page_sizes(shape, tiles), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -200,7 +200,7 @@ def _gradients_by_page(
     parts = q
     if d_q is not None:
         parts = q.new_empty((shape.tokens, shape.groups, shape.top_k, subs, shape.per_group, shape.dim))
-    backward_by_page[(pieces.segment.shape[0], subs)](
+    backward_by_page[(pieces.segment.shape[0] * subs,)](
         q, k, v, d_out, lse, delta, read.entries, read.seen, read.deepest,
         pieces.segment, pieces.first, pieces.count, pieces.room, d_k, d_v, partial_k, partial_v, parts,
         scale, shape.top_k, *k.stride()[:3], *v.stride()[:3], **_by_page_sizes(shape, tiles),

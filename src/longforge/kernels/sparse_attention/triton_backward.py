@@ -124,10 +124,11 @@ def backward_by_page(
     WITH_DQ: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, SUBS): TILE tokens of a page stay, the queries of one piece pass by."""
+    """Grid (pieces * SUBS,): TILE tokens of a page stay, the queries of one piece pass by."""
     QUERIES: tl.constexpr = ROWS // G
-    piece = tl.program_id(0)
-    sub = tl.program_id(1)
+    SUBS: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    piece = tl.program_id(0) // SUBS
+    sub = tl.program_id(0) % SUBS
     segment = tl.load(PieceSegment + piece)
     first = tl.load(PieceFirst + piece)
     count = tl.load(PieceCount + piece)
@@ -157,7 +158,7 @@ def backward_by_page(
         d_k += dot(d_scores, q, PRECISION)
         if WITH_DQ:
             d_q = dot(tl.trans(d_scores), k, PRECISION) * scale
-            store_rows(DQParts, ((entry * tl.num_programs(1) + sub) * G + head) * D, d_q, live, D, DIM)
+            store_rows(DQParts, ((entry * SUBS + sub) * G + head) * D, d_q, live, D, DIM)
     inside = (row < BLOCK) & (count > 0)
     room = tl.load(PieceRoom + piece).to(tl.int64)
     if room < 0:

@@ -106,11 +106,12 @@ def forward_by_page(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, SUBS): TILE tokens of a page stay, the queries of one piece pass by, ROWS // G at a time
-    with all their heads."""
+    """Grid (pieces * SUBS,): TILE tokens of a page stay, the queries of one piece pass by, ROWS // G at a
+    time with all their heads."""
     QUERIES: tl.constexpr = ROWS // G
-    piece = tl.program_id(0)
-    sub = tl.program_id(1)
+    SUBS: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    piece = tl.program_id(0) // SUBS
+    sub = tl.program_id(0) % SUBS
     segment = tl.load(PieceSegment + piece)
     first = tl.load(PieceFirst + piece)
     count = tl.load(PieceCount + piece)
@@ -133,7 +134,7 @@ def forward_by_page(
         p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
         total = tl.sum(p, 1)
         out = dot(p.to(v.dtype), v, PRECISION) * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-        rows = (entry * tl.num_programs(1) + sub) * G + head
+        rows = (entry * SUBS + sub) * G + head
         store_rows(Parts, rows * D, out, live, D, DIM)
         tl.store(PartLse + rows, top + tl.log2(total), mask=live)
 
