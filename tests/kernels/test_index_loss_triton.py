@@ -12,7 +12,7 @@ from longforge.kernels.index_loss import triton as backend
 from longforge.kernels.index_loss.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs
 from longforge.kernels.page_readers import cut
 from longforge.kernels.select_blocks import select_blocks
-from triton_device import DEVICES, need, on
+from triton_device import DEVICES, build_problems, need, on
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 """The interpreter computes with numpy, which warns of infinities that masks then take away."""
@@ -140,6 +140,11 @@ def test_what_there_is_no_kernel_for_is_refused_in_one_line():
     inputs = make_inputs(SMALL_CASES[0], torch.float64)
     with pytest.raises(InputError, match="float32, bfloat16 or float16 expected, got"):
         with_gradients(inputs, None)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_three_gpus_without_spills():
+    assert build_problems("longforge.kernels.index_loss.triton_specs") == ""
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.sparse_attention import plan, reference
 from longforge.kernels.sparse_attention import triton as backend
 from longforge.kernels.sparse_attention.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs, take
-from triton_device import DEVICES, need, on
+from triton_device import DEVICES, build_problems, need, on
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 """The interpreter computes with numpy, which warns of infinities that masks then take away."""
@@ -234,6 +234,11 @@ def test_no_query_tokens_give_empty_results(order: Any, device: str):
     blocks = torch.empty((0, 2, 3), dtype=torch.int32, device=device)
     out, _, _, d_k, _ = with_gradients(inputs, blocks, backend.sparse_attention, order)
     assert out.shape == (0, 4, 16) and not d_k.any()
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_three_gpus_without_spills():
+    assert build_problems("longforge.kernels.sparse_attention.triton_specs") == ""
 
 
 @pytest.mark.gpu

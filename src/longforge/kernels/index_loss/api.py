@@ -1,6 +1,7 @@
 """The public door of the index loss."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,17 @@ from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "index_loss"]
 
-BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
-if find_spec("triton") is not None:
+
+def _triton(*arguments: Any) -> Any:
+    """Triton is imported with the first call."""
     from longforge.kernels.index_loss import triton
 
-    BACKENDS["triton"] = triton.index_loss
+    return triton.index_loss(*arguments)
+
+
+BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
+if find_spec("triton") is not None:
+    BACKENDS["triton"] = _triton
 
 
 def _run(

@@ -7,10 +7,9 @@ the mean over heads is then a sum of tiles of one shape.
 """
 
 # pyright: reportMissingImports=false
-import triton
 import triton.language as tl
 
-from longforge.kernels.triton_pages import LN2, LOG2E, add_rows, dot, load_rows, store_rows
+from longforge.kernels.triton_pages import LN2, LOG2E, add_rows, dot, jit, load_rows, store_rows
 
 __all__ = ["GAIN", "gradient_by_page", "lse_by_page"]
 
@@ -22,7 +21,7 @@ _LOG2E = tl.constexpr(LOG2E)
 _LN2 = tl.constexpr(LN2)
 
 
-@triton.jit
+@jit
 def _log_sum(scores, visible):
     """Natural log-sum-exp of each row of base-2 scores [rows, tokens] over its visible tokens."""
     scores = tl.where(visible, scores, float("-inf"))
@@ -31,7 +30,7 @@ def _log_sum(scores, visible):
     return (top + tl.log2(tl.sum(tl.exp2(scores - base[:, None]), 1))) * _LN2
 
 
-@triton.jit
+@jit
 def lse_by_page(
     IndexQ,  # [N, HKV, DI]
     IndexK,  # [S, BLOCK, DI] by its strides
@@ -90,7 +89,7 @@ def lse_by_page(
             tl.store(TeacherLse + part * G + h, _log_sum(scores, visible), mask=live)
 
 
-@triton.jit
+@jit
 def gradient_by_page(
     IndexQ,  # [N, HKV, DI]
     IndexK,  # [S, BLOCK, DI] by its strides

@@ -1,6 +1,7 @@
 """The public door of block-sparse attention."""
 
 from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor
 
@@ -21,11 +22,17 @@ from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "sparse_attention"]
 
-BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
-if find_spec("triton") is not None:
+
+def _triton(*arguments: Any) -> Any:
+    """Triton is imported with the first call."""
     from longforge.kernels.sparse_attention import triton
 
-    BACKENDS["triton"] = triton.sparse_attention
+    return triton.sparse_attention(*arguments)
+
+
+BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
+if find_spec("triton") is not None:
+    BACKENDS["triton"] = _triton
 
 
 def _run(

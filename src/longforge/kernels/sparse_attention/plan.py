@@ -61,6 +61,10 @@ class Tiles:
     warps: int
     stages: int
 
+    def per_block(self, block_size: int) -> int:
+        """Tiles of a block."""
+        return -(-block_size // self.tokens)
+
 
 def shape_of(q: torch.Tensor, blocks: torch.Tensor, layout: PackedLayout) -> Shape:
     """q [N, Hq, D], blocks [N, Hkv, K]."""
@@ -108,6 +112,6 @@ def gradient_piece(shape: Shape) -> int:
 
 def queries_per_chunk(shape: Shape) -> int:
     """Queries whose partial results fit into WORKSPACE."""
-    parts = shape.top_k * -(-shape.block_size // backward_by_page_tiles(shape).tokens)
+    parts = shape.top_k * backward_by_page_tiles(shape).per_block(shape.block_size)
     partial = shape.per_group * parts * (shape.dim * shape.dtype.itemsize + 4)
     return max(1, min(shape.tokens, WORKSPACE // (shape.groups * (partial + shape.top_k * BYTES_PER_ENTRY))))

@@ -1,11 +1,9 @@
 """Block-sparse attention on the GPU: launches the kernels beside this as plan.py says."""
 
-# pyright: reportMissingImports=false
 from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from longforge.errors import InputError
@@ -108,7 +106,7 @@ def _by_query_sizes(shape: Shape) -> dict[str, Any]:
 def _by_page(q, k, v, blocks, layout, scale, out, lse) -> None:
     shape = shape_of(q, blocks, layout)
     tiles = plan.forward_by_page_tiles(shape)
-    subs = triton.cdiv(shape.block_size, tiles.tokens)
+    subs = tiles.per_block(shape.block_size)
     read = readers(blocks, layout, k.shape[0])
     pieces = cut(read, 8 * (tiles.rows // shape.per_group))
     rows = shape.tokens, shape.groups, shape.top_k * subs, shape.per_group
@@ -180,8 +178,9 @@ def _output_products(out: Tensor, d_out: Tensor) -> Tensor:
     """fp32 [N, Hq]."""
     n, heads, dim = out.shape
     delta = out.new_empty((n, heads), dtype=torch.float32)
-    output_products[(triton.cdiv(n * heads, 16),)](
-        out, d_out, delta, n * heads, D=dim, DIM=padded(dim), ROWS=16, num_warps=4
+    rows = 16
+    output_products[(-(-n * heads // rows),)](
+        out, d_out, delta, n * heads, D=dim, DIM=padded(dim), ROWS=rows, num_warps=4
     )
     return delta
 
@@ -192,7 +191,7 @@ def _gradients_by_page(
     """Adds to d_k and d_v; with d_q also writes that."""
     shape = shape_of(q, blocks, layout)
     tiles = plan.backward_by_page_tiles(shape)
-    subs = triton.cdiv(shape.block_size, tiles.tokens)
+    subs = tiles.per_block(shape.block_size)
     read = readers(blocks, layout, k.shape[0])
     pieces = cut(read, plan.gradient_piece(shape))
     rooms = pieces.rooms, shape.block_size, shape.dim

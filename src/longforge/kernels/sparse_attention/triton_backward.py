@@ -8,17 +8,16 @@ result per slot, or by query.
 """
 
 # pyright: reportMissingImports=false
-import triton
 import triton.language as tl
 
-from longforge.kernels.triton_pages import LOG2E, add_rows, dot, load_rows, store_rows
+from longforge.kernels.triton_pages import LOG2E, add_rows, dot, jit, load_rows, store_rows
 
 __all__ = ["backward_by_page", "d_q_by_query", "output_products"]
 
 _LOG2E = tl.constexpr(LOG2E)
 
 
-@triton.jit
+@jit
 def output_products(
     Out,  # [rows, D]
     DOut,
@@ -36,7 +35,7 @@ def output_products(
     tl.store(Delta + row, tl.sum(out * d_out, 1), mask=live)
 
 
-@triton.jit
+@jit
 def d_q_by_query(
     Q,  # [N, Hq, D]
     K,  # [S, BLOCK, HKV, D] by its strides
@@ -91,7 +90,7 @@ def d_q_by_query(
     store_rows(DQ, rows * D, d_q * scale, head < G, D, DIM)
 
 
-@triton.jit
+@jit
 def backward_by_page(
     Q,  # [N, Hq, D]
     K,  # [S, BLOCK, HKV, D] by its strides

@@ -9,17 +9,16 @@ Scores are kept in base 2: exp2(scale * log2(e) * q.k). Log-sum-exps of parts ar
 """
 
 # pyright: reportMissingImports=false
-import triton
 import triton.language as tl
 
-from longforge.kernels.triton_pages import LN2, dot, load_rows, store_rows
+from longforge.kernels.triton_pages import LN2, dot, jit, load_rows, store_rows
 
 __all__ = ["combine", "forward_by_page", "forward_by_query"]
 
 _LN2 = tl.constexpr(LN2)
 
 
-@triton.jit
+@jit
 def forward_by_query(
     Q,  # [N, Hq, D]
     K,  # [S, BLOCK, HKV, D] by its strides
@@ -81,7 +80,7 @@ def forward_by_query(
     tl.store(Lse + rows, (top + tl.log2(total)) * to_lse, mask=head < G)
 
 
-@triton.jit
+@jit
 def forward_by_page(
     Q,  # [N, Hq, D]
     K,  # [S, BLOCK, HKV, D] by its strides
@@ -139,7 +138,7 @@ def forward_by_page(
         tl.store(PartLse + rows, top + tl.log2(total), mask=live)
 
 
-@triton.jit
+@jit
 def combine(
     Parts,  # [N * HKV, parts, G, D]
     PartLse,  # fp32 [N * HKV, parts, G], base 2, -inf where nothing was written

@@ -3,6 +3,8 @@
 python -m longforge.kernels.triton_build longforge.kernels.sparse_attention.triton_specs
 """
 
+from typing import Any
+
 import torch
 
 from longforge.kernels.sparse_attention import plan, triton_backward, triton_forward
@@ -49,7 +51,7 @@ def _forward(name: str, shape: Shape) -> list[KernelSpec]:
     tiles, pages = plan.by_query_tiles(shape), plan.forward_by_page_tiles(shape)
     by_query = {**inputs, **layout, "Lse": single, "scale_log2": "fp32", "to_lse": "fp32"}
     constants = {**_sizes(shape, tiles), "TOP_K": shape.top_k}
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     by_page = {**inputs, **dict.fromkeys(PIECES, "*i32"), "Parts": half, "PartLse": single}
     kernel = triton_forward.forward_by_query
     whole = KernelSpec(
