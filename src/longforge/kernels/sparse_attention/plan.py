@@ -50,6 +50,8 @@ class Shape:
     dim: int
     block_size: int
     top_k: int
+    capability: int = 90
+    """Compute capability of the device, 90 for 9.0."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def shape_of(q: torch.Tensor, blocks: torch.Tensor, layout: PackedLayout) -> Sha
     """q [N, Hq, D], blocks [N, Hkv, K]."""
     n, heads, dim = q.shape
     groups, top_k = blocks.shape[1:]
-    return Shape(q.dtype, n, groups, heads // groups, dim, layout.block_size, top_k)
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    capability = 10 * major + minor
+    return Shape(q.dtype, n, groups, heads // groups, dim, layout.block_size, top_k, capability)
 
 
 def choose_order(shape: Shape, table_entries: int) -> Order:
@@ -97,10 +101,10 @@ def forward_by_page_tiles(shape: Shape) -> Tiles:
 
 
 def backward_by_page_tiles(shape: Shape) -> Tiles:
-    """Four tiles of accumulators leave room for 64 rows."""
+    """Four tiles of accumulators leave room for 64 rows; Blackwell's tensor memory, for 64 tokens as well."""
     if shape.dtype == torch.float32:
         return Tiles(32, min(padded(shape.block_size), 16), warps=8, stages=1)
-    return Tiles(64, min(padded(shape.block_size), 128), warps=8, stages=2)
+    return Tiles(64, min(padded(shape.block_size), 64 if shape.capability >= 100 else 128), warps=8, stages=2)
 
 
 def gradient_piece(shape: Shape) -> int:

@@ -3,6 +3,7 @@
 python -m longforge.kernels.triton_build longforge.kernels.sparse_attention.triton_specs
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _backward(name: str, shape: Shape) -> list[KernelSpec]:
     half, single = POINTERS[shape.dtype], "*fp32"
     inputs = {"Q": half, "K": half, "V": half, "DOut": half, "Lse": single, "Delta": single, **STRIDES}
     layout = {"Blocks": "*i32", "Positions": "*i64", "Paths": "*i64", "Table": "*i32", "table_row": "i32"}
-    queries, pages = plan.by_query_tiles(shape), plan.backward_by_page_tiles(shape)
+    queries = plan.by_query_tiles(shape)
     numbers = {"scale": "fp32", "top_k": "i32"}
     paged = {
         **inputs, **dict.fromkeys((*PIECES, "PieceRoom"), "*i32"), **numbers,
@@ -86,13 +87,10 @@ def _backward(name: str, shape: Shape) -> list[KernelSpec]:
     }  # fmt: skip
     padding = {"D": shape.dim, "DIM": padded(shape.dim)}
     kernels = [
-        KernelSpec(
-            f"backward by page{', with dq' * with_dq}, {name}", triton_backward.backward_by_page, paged,
-            {**_sizes(shape, pages), "WITH_DQ": with_dq}, num_warps=pages.warps, num_stages=pages.stages,
-            excused=FEW_BYTES * (shape.dtype == torch.bfloat16 and shape.dim == 128),
-        )
+        _gradients(name, replace(shape, capability=max(targets)), paged, with_dq, targets)
         for with_dq in (False, True)
-    ]  # fmt: skip
+        for targets in ((80, 90), (100,))
+    ]
     d_q = KernelSpec(
         f"dq by query, {name}", triton_backward.d_q_by_query,
         {**inputs, **layout, "DQ": half, "scale": "fp32"},
@@ -113,3 +111,15 @@ def _backward(name: str, shape: Shape) -> list[KernelSpec]:
         {**padding, "BLOCK": shape.block_size, "ROWS": 16},
     )  # fmt: skip
     return [*kernels, d_q, products, parts, pieces]
+
+
+def _gradients(
+    name: str, shape: Shape, arguments: dict[str, str], with_dq: bool, targets: tuple[int, ...]
+) -> KernelSpec:
+    tiles = plan.backward_by_page_tiles(shape)
+    return KernelSpec(
+        f"backward by page{', with dq' * with_dq}, {name}", triton_backward.backward_by_page, arguments,
+        {**_sizes(shape, tiles), "WITH_DQ": with_dq}, num_warps=tiles.warps, num_stages=tiles.stages,
+        excused=FEW_BYTES * (shape.dtype == torch.bfloat16 and shape.dim == 128 and 90 in targets),
+        targets=targets,
+    )  # fmt: skip
