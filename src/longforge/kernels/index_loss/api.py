@@ -1,5 +1,6 @@
 """The public door of the index loss."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +33,7 @@ def _triton(*arguments: Any) -> Any:
     return triton.index_loss(*arguments)
 
 
-BACKENDS = {"reference": reference.index_loss, "cpu": cpu.index_loss}
+BACKENDS: dict[str, Callable[..., Any]] = {"reference": reference.index_loss, "cpu": cpu.index_loss}
 if find_spec("triton") is not None:
     BACKENDS["triton"] = _triton
 

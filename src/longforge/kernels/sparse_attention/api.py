@@ -1,5 +1,6 @@
 """The public door of block-sparse attention."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,7 +31,10 @@ def _triton(*arguments: Any) -> Any:
     return triton.sparse_attention(*arguments)
 
 
-BACKENDS = {"reference": reference.sparse_attention, "cpu": cpu.sparse_attention}
+BACKENDS: dict[str, Callable[..., Any]] = {
+    "reference": reference.sparse_attention,
+    "cpu": cpu.sparse_attention,
+}
 if find_spec("triton") is not None:
     BACKENDS["triton"] = _triton
 
