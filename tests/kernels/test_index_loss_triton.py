@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from longforge.errors import InputError
 from longforge.kernels.index_loss import index_loss, plan
-from longforge.kernels.index_loss import triton as backend
+from longforge.kernels.index_loss import triton_backend as backend
 from longforge.kernels.index_loss.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs
 from longforge.kernels.page_readers import cut
 from longforge.kernels.select_blocks import select_blocks

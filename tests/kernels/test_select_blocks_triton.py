@@ -20,7 +20,7 @@ from longforge.kernels.select_blocks import (
     reference,
     select_blocks,
 )
-from longforge.kernels.select_blocks import triton as backend
+from longforge.kernels.select_blocks import triton_backend as backend
 from longforge.kernels.select_blocks import triton_plan as plans
 from longforge.kernels.select_blocks.cases import CASES, GPU_CASES, Case, Inputs, make_inputs, take
 from longforge.kernels.select_blocks.low_precision import rounding

@@ -13,7 +13,7 @@ from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.sparse_attention import plan, reference
-from longforge.kernels.sparse_attention import triton as backend
+from longforge.kernels.sparse_attention import triton_backend as backend
 from longforge.kernels.sparse_attention.cases import GPU_CASES, SMALL_CASES, Case, Inputs, make_inputs, take
 from triton_device import DEVICES, build_problems, need, on
 

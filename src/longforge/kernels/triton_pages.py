@@ -4,6 +4,10 @@ Kernels are written for tiles whose sides are powers of two; other head dims and
 masked lanes. PRECISION is how a product of two tiles is computed: see `precision_of`.
 """
 
+# Triton's decorators are typed for compiled code, not for launching it.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from typing import Any
 

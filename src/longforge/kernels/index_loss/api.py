@@ -28,9 +28,9 @@ __all__ = ["BACKENDS", "index_loss"]
 
 def _triton(*arguments: Any) -> Any:
     """Triton is imported with the first call."""
-    from longforge.kernels.index_loss import triton
+    from longforge.kernels.index_loss import triton_backend
 
-    return triton.index_loss(*arguments)
+    return triton_backend.index_loss(*arguments)
 
 
 BACKENDS: dict[str, Callable[..., Any]] = {"reference": reference.index_loss, "cpu": cpu.index_loss}

@@ -26,12 +26,12 @@ __all__ = ["BACKENDS", "CertifiedSelection", "certified_select_blocks", "select_
 
 
 def _triton(function: str) -> Callable[..., Any]:
-    """A function of triton.py; Triton itself is imported with the first call."""
+    """A function of triton_backend.py; Triton itself is imported with the first call."""
 
     def compute(*arguments: Any) -> Any:
-        from longforge.kernels.select_blocks import triton
+        from longforge.kernels.select_blocks import triton_backend
 
-        return getattr(triton, function)(*arguments)
+        return getattr(triton_backend, function)(*arguments)
 
     return compute
 
@@ -106,7 +106,7 @@ def select_blocks(
     index dimension. So the choice does not depend on how tokens are packed or chunked, and the backends
     choose the same. Only "triton" adds products of bf16, fp16 and codes in the order of the GPU's matrix
     instruction: there too the choice depends on nothing but query and keys, and it is the reference's
-    wherever scores differ by more than rounding (see triton.py).
+    wherever scores differ by more than rounding (see triton_backend.py).
 
     index_q         [N, Hkv, Di]
     index_k_pages   [S, Bk, Di], one key shared by all groups; with index_k_scales codes in float8_e4m3fn or

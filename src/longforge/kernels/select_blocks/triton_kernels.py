@@ -1,9 +1,13 @@
-"""The kernels of block selection on the GPU. triton.py launches them and says what they compute.
+"""The kernels of block selection on the GPU. triton_backend.py launches them and says what they compute.
 
 A candidate is one int64: the score's bits in an order-preserving form above, the block id with its bits
 turned round below. So "better" is "greater", ties go to the lower block, and no two candidates of a row are
 equal. EMPTY + slot marks a slot without one.
 """
+
+# Triton's decorators are typed for compiled code, not for launching it.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 # pyright: reportMissingImports=false
 import triton

@@ -1,7 +1,7 @@
 """How block selection is cut into programs of the GPU: tiles of queries, splits of the sequence.
 
 Only padded sizes decide (tokens, paths, width of the page table), never what the tensors hold, so a decode
-step can be captured in a CUDA graph. No choice made here changes a result: see triton.py.
+step can be captured in a CUDA graph. No choice made here changes a result: see triton_backend.py.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longforge.kernels.select_blocks.triton import (
+from longforge.kernels.select_blocks.triton_backend import (
     FP8,
     FP8_BY_HAND,
     INT8,

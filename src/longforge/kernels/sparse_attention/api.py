@@ -26,9 +26,9 @@ __all__ = ["BACKENDS", "sparse_attention"]
 
 def _triton(*arguments: Any) -> Any:
     """Triton is imported with the first call."""
-    from longforge.kernels.sparse_attention import triton
+    from longforge.kernels.sparse_attention import triton_backend
 
-    return triton.sparse_attention(*arguments)
+    return triton_backend.sparse_attention(*arguments)
 
 
 BACKENDS: dict[str, Callable[..., Any]] = {

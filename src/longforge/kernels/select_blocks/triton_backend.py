@@ -26,6 +26,10 @@ long the sequence. Certified selection also holds a block maximum (4 bytes) per 
 No function here waits for the device. Sizes of grids and workspaces depend on shapes alone.
 """
 
+# Triton's decorators are typed for compiled code, not for launching it.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
