@@ -21,7 +21,8 @@ from longforge.kernels.checks import backend_name
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.dense_attention.api import BACKENDS as DENSE_BACKENDS
 from longforge.kernels.index_loss import index_loss
-from longforge.kernels.select_blocks import select_blocks
+from longforge.kernels.select_blocks import certified_select_blocks, lower_precision, select_blocks
+from longforge.kernels.select_blocks.api import CODED
 from longforge.kernels.sparse_attention import sparse_attention
 
 __all__ = ["INDEX_BYTES", "RIVALS", "Unusable", "our_parts", "selections"]
@@ -40,12 +41,22 @@ Select = Callable[[], Tensor]
 
 def selections(i: Inputs) -> dict[str, Select]:
     """Index dtype -> selection over index keys that are kept in it."""
-    name = next(name for name, dtype in DTYPES.items() if dtype == i.q.dtype)
-    return {name: lambda: select_blocks(i.index_q, i.index_k_pages, i.layout, i.shape.top_k)}
+    name, top_k = next(name for name, dtype in DTYPES.items() if dtype == i.q.dtype), i.shape.top_k
+    kinds: dict[str, Select] = {name: lambda: select_blocks(i.index_q, i.index_k_pages, i.layout, top_k)}
+    code = {"cuda": "fp8", "cpu": "int8"}[i.device.type]
+    if i.work.phase == "train" or backend_name("x", CODED, None, i.device, i.q.dtype) == "reference":
+        return kinds
+    low = lower_precision(i.index_k_pages, torch.float8_e4m3fn if code == "fp8" else torch.int8)
+    kinds[code] = lambda: select_blocks(i.index_q, low.codes, i.layout, top_k, index_k_scales=low.scales)
+    if code == "fp8":
+        kinds["fp8 certified"] = lambda: (
+            certified_select_blocks(i.index_q, i.index_k_pages, low, i.layout, top_k).blocks
+        )
+    return kinds
 
 
-INDEX_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Bytes of one channel of an index key."""
+INDEX_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1, "fp8 certified": 1}
+"""Bytes of one channel of an index key; of a certified selection, what it reads before it opens a block."""
 
 
 def our_parts(i: Inputs, selection: Select) -> dict[str, Step]:
