@@ -23,7 +23,7 @@ from torch import Tensor
 from longforge.forge.advantage import group_advantages
 from longforge.kernels.layout import PackedLayout
 from longforge.protocol import Call, Group
-from longforge.training.data import LOOKAHEAD, shared_layout
+from longforge.training.data import shared_layout, shared_tokens
 from longforge.training.losses import Edges
 
 __all__ = ["Batch", "MicroBatch", "Sample", "make_batch", "micro_batches"]
@@ -133,7 +133,8 @@ class _Packing:
         return len(sample.ids) - self._shared(sample)
 
     def add(self, sample: Sample) -> None:
-        shared, own = self._shared(sample), self.cost(sample)
+        shared = self._shared(sample)
+        own = len(sample.ids) - shared
         before = self._rows[-1][:shared] if self._rows else np.zeros(0, dtype=np.int64)
         self._rows.append(np.concatenate([before, self.filled + np.arange(own)]))
         self._heads.append((len(self._samples) - 1, shared))
@@ -168,11 +169,7 @@ class _Packing:
         )
 
     def _shared(self, sample: Sample) -> int:
-        """Tokens on whole pages that the sample before has too, and the few tokens that follow them."""
+        """Tokens of the sample before whose pages this one reads."""
         if not (self._share and self._samples):
             return 0
-        ids, before = np.array(sample.ids), np.array(self._samples[-1].ids)
-        most = min(len(ids), len(before))
-        differing = np.flatnonzero(ids[:most] != before[:most])
-        common = int(differing[0]) if len(differing) else most
-        return max(common - LOOKAHEAD, 0) // self._block_size * self._block_size
+        return shared_tokens(np.array(sample.ids), np.array(self._samples[-1].ids), self._block_size)

@@ -127,7 +127,7 @@ def _build_one(spec: KernelSpec, target: int, folder: Path) -> BuildRow:
     try:
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    except Exception as error:
+    except Exception as error:  # raised again: the compiler's own message does not say which kernel it was
         error.add_note(f"while compiling {spec.name} for sm_{target}")
         raise
     found = {name: pattern.findall(log.getvalue()) for name, pattern in LOG_FIELDS.items()}

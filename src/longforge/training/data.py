@@ -17,7 +17,6 @@ from longforge.kernels.layout import PackedLayout
 
 __all__ = [
     "ASSISTANT",
-    "LOOKAHEAD",
     "Batch",
     "BatchStream",
     "Packer",
@@ -25,6 +24,7 @@ __all__ = [
     "Source",
     "pack",
     "shared_layout",
+    "shared_tokens",
 ]
 
 
@@ -134,12 +134,18 @@ class Packer:
         other = self._samples[first]
         spoken = np.flatnonzero(sample.weights >= ASSISTANT)
         most = min(len(sample), len(other), int(spoken[0]) if len(spoken) else len(sample))
-        differing = np.flatnonzero(sample.ids[:most] != other.ids[:most])
-        common = int(differing[0]) if len(differing) else most
-        return first, max(common - LOOKAHEAD, 0) // self._block_size * self._block_size
+        return first, shared_tokens(sample.ids[:most], other.ids[:most], self._block_size)
 
     def _opening(self, sample: Sample) -> bytes:
         return sample.ids[: self._block_size].tobytes()
+
+
+def shared_tokens(ids: np.ndarray, others: np.ndarray, block_size: int) -> int:
+    """Tokens on whole pages that both sequences begin with, the few tokens that follow them alike too."""
+    most = min(len(ids), len(others))
+    differing = np.flatnonzero(ids[:most] != others[:most])
+    common = int(differing[0]) if len(differing) else most
+    return max(common - LOOKAHEAD, 0) // block_size * block_size
 
 
 def shared_layout(
