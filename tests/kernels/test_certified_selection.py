@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout, as_pages
-from longforge.kernels.select_blocks import certified_select_blocks, lower_precision, select_blocks
+from longforge.kernels.select_blocks import certified_select_blocks, cpu_tiles, lower_precision, select_blocks
 from longforge.kernels.select_blocks.cases import CASES, Case, make_inputs
 from longforge.kernels.select_blocks.reference import token_scores
 
@@ -70,11 +70,16 @@ def test_the_radius_bounds_the_difference_of_scores(kind: str, code: torch.dtype
 
 
 @each_code
-def test_most_blocks_stay_closed(code: torch.dtype):
-    case = Case((3000,), 2, 2, 8, 64, 8, 8, tail=2)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_most_blocks_stay_closed(code: torch.dtype, backend: str):
+    case = Case((6000,), 2, 2, 8, 64, 16, 8, tail=2)
     inputs = make_inputs(case, torch.bfloat16)
     low = lower_precision(inputs.index_k, code)
-    found = certified_select_blocks(inputs.index_q, inputs.index_k, low, inputs.layout, case.top_k)
+    if backend == "cpu" and not cpu_tiles.fits(inputs.index_q, low.codes):
+        pytest.skip("this processor does not multiply bf16: it looks at every block")
+    found = certified_select_blocks(
+        inputs.index_q, inputs.index_k, low, inputs.layout, case.top_k, backend=backend
+    )
     assert found.share(inputs.layout) < (0.04 if code == torch.int8 else 0.25)
 
 
@@ -85,6 +90,18 @@ def test_unused_pages_may_hold_nan():
         asked = (inputs.index_q, inputs.index_k, low, inputs.layout, case.top_k)
         wanted = select_blocks(inputs.index_q, inputs.index_k, inputs.layout, case.top_k, backend="reference")
         assert torch.equal(certified_select_blocks(*asked).blocks, wanted)
+
+
+@each_code
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_selection_over_codes_follows_the_rule_of_arithmetic(case: Case, dtype, backend: str, code):
+    inputs = make_inputs(case, dtype)
+    low = lower_precision(inputs.index_k, code)
+    asked = (inputs.index_q, low.codes, inputs.layout, case.top_k)
+    wanted = select_blocks(*asked, index_k_scales=low.scales, backend="reference")
+    assert torch.equal(select_blocks(*asked, index_k_scales=low.scales, backend=backend), wanted)
 
 
 def test_coded_keys_alone_are_keys_of_their_own():
@@ -102,7 +119,7 @@ def test_the_operators_are_sound_and_give_what_the_functions_give():
     parts = low.codes, low.scales, low.radius, *inputs.layout.parts
     operands = (inputs.index_q, inputs.index_k, *parts, 3, "reference")
     torch.library.opcheck(torch.ops.longforge.certified_select_blocks.default, operands)
-    blocks, opened = certified_select_blocks(*asked)
+    blocks, opened = certified_select_blocks(*asked, backend="reference")
     got = torch.ops.longforge.certified_select_blocks(*operands)
     assert torch.equal(got[0], blocks) and torch.equal(got[1], opened)
     coded = (inputs.index_q, low.codes, *inputs.layout.parts, 3, "reference", low.scales)
@@ -120,6 +137,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"index_k_pages like index_q"):
         select_blocks(q, low.codes, layout, 3)
     with pytest.raises(InputError, match="one of reference"):
-        select_blocks(q, low.codes, layout, 3, index_k_scales=low.scales, backend="cpu")
+        select_blocks(q, low.codes, layout, 3, index_k_scales=low.scales, backend="fpga")
     with pytest.raises(InputError, match="dtype one of"):
         lower_precision(inputs.index_k, torch.float16)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
+from longforge.kernels.tiles.engine import TILE_ENGINE
 
 __all__ = [
     "compiled",
@@ -34,22 +35,22 @@ CONFIG: Any = numba.config  # its attributes come from the environment, unseen b
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _cache_folder() -> str:
-    """Where this version of the kernels keeps its machine code.
+def _cache_folder(room: Path) -> str:
+    """Where this version of a room's kernels keeps its machine code.
 
     numba's cache of a function knows when the function's own file changes, not when a file it calls into
-    does. Those are the files beside this one: their hash in the folder's name makes a stale cache impossible.
+    does. Those are the files of its room, the ones beside this file and the tiles: their hash in the folder's
+    name makes a stale cache impossible.
     """
-    sources = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(file.read_bytes())
+    sources = hashlib.sha256(str(TILE_ENGINE).encode())  # which is compiled into the code, unseen by numba
+    here = Path(__file__).parent
+    for folder in sorted({here, here / "tiles", room}):
+        for file in sorted(folder.glob("*.py")):
+            sources.update(file.read_bytes())
     base = CONFIG.CACHE_DIR or str(
         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longforge" / "numba"
     )
     return str(Path(base) / sources.hexdigest()[:16])
-
-
-_CACHE_FOLDER = _cache_folder()
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -58,7 +59,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         before = CONFIG.CACHE_DIR
-        CONFIG.CACHE_DIR = _CACHE_FOLDER
+        CONFIG.CACHE_DIR = _cache_folder(Path(function.__code__.co_filename).parent)
         try:
             return numba.njit(cache=True, **options)(function)
         finally:

@@ -15,6 +15,7 @@ from numba import prange
 from torch import Tensor
 
 from longforge.kernels.block_scores import score_blocks, transposed, visible
+from longforge.kernels.index_loss import cpu_tiles
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import (
     compiled,
@@ -50,8 +51,13 @@ class _IndexLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        arrays = [wide_array(x) for x in (index_q, index_k_pages, q, k_pages, weights)]
-        loss, d_index_q, d_index_k = _divergences(arrays, blocks, layout, scale, index_scale, wanted)
+        if cpu_tiles.fits(index_q, q, k_pages):
+            loss, d_index_q, d_index_k = cpu_tiles.divergences(
+                index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights, wanted
+            )
+        else:
+            arrays = [wide_array(x) for x in (index_q, index_k_pages, q, k_pages, weights)]
+            loss, d_index_q, d_index_k = _divergences(arrays, blocks, layout, scale, index_scale, wanted)
         if wanted:
             ctx.save_for_backward(d_index_q.to(index_q.dtype), d_index_k.to(index_k_pages.dtype))
         return loss

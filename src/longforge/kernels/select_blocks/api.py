@@ -37,9 +37,12 @@ def _triton(function: str) -> Callable[..., Any]:
 
 
 BACKENDS: dict[str, Callable[..., Any]] = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
-CODED = {"reference": reference.select_blocks}
+CODED: dict[str, Callable[..., Any]] = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
 """Backends that take keys as codes and scales."""
-CERTIFIED: dict[str, Callable[..., Any]] = {"reference": reference.certified_select_blocks}
+CERTIFIED: dict[str, Callable[..., Any]] = {
+    "reference": reference.certified_select_blocks,
+    "cpu": cpu.certified_select_blocks,
+}
 if find_spec("triton") is not None:
     BACKENDS["triton"] = CODED["triton"] = _triton("select_blocks")
     CERTIFIED["triton"] = _triton("certified_select_blocks")

@@ -1,9 +1,10 @@
 """Block selection on the CPU: scores and block maximum in one pass, then a small insertion top-k.
 
-Products and sums follow api.py's rule of arithmetic to the bit (no fused multiply-add, no reordering), so the
-choice equals the reference's and does not depend on chunks or threads. A block of index keys is transposed
-once into scratch and serves all groups of a few queries. The own block is forced, so its score is never
-needed, and every block that is scored lies wholly before the query: no mask is left.
+bf16 queries go to cpu_tiles.py where the processor multiplies bf16; what follows is for the others. Products
+and sums follow api.py's rule of arithmetic to the bit (no fused multiply-add, no reordering), so the choice
+equals the reference's and does not depend on chunks or threads. A block of index keys is transposed once into
+scratch and serves all groups of a few queries. The own block is forced, so its score is never needed, and
+every block that is scored lies wholly before the query: no mask is left.
 """
 
 import numpy as np
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, path_starts, raw_array
+from longforge.kernels.select_blocks import cpu_tiles
+from longforge.kernels.select_blocks.low_precision import CODE_DTYPES, LowPrecisionKeys
+from longforge.kernels.select_blocks.ranking import chunks_of, insert_best, sort_ids
 from longforge.kernels.vector_code import product_in_order, round_up, transpose
 
-__all__ = ["select_blocks"]
+__all__ = ["certified_select_blocks", "select_blocks"]
 
 QUERIES = 16
 """Most queries of one path that share a transposed block."""
@@ -25,15 +29,28 @@ SCRATCH = 1 << 23
 """Most block scores held at once (32 MiB)."""
 
 
-def select_blocks(index_q: Tensor, index_k_pages: Tensor, layout: PackedLayout, top_k: int) -> Tensor:
-    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di] -> int32 [N, Hkv, K]. See api.py."""
+def select_blocks(
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    layout: PackedLayout,
+    top_k: int,
+    index_k_scales: Tensor | None = None,
+) -> Tensor:
+    """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], index_k_scales [S, Bk] -> int32 [N, Hkv, K]. See
+    api.py."""
+    if cpu_tiles.fits(index_q, index_k_pages):
+        return cpu_tiles.select_blocks(index_q, index_k_pages, layout, top_k, index_k_scales)
     n, groups, _ = index_q.shape
     selected = np.full((n, groups, top_k), -1, dtype=np.int32)
     if n == 0:
         return torch.from_numpy(selected)
     positions, paths, table = layout_arrays(layout)
     q = index_q.float().contiguous().numpy()
-    keys = raw_array(index_k_pages.float() if index_k_pages.dtype == torch.float64 else index_k_pages)
+    rounded = index_k_pages.dtype in (torch.float64, *CODE_DTYPES)
+    keys = raw_array(index_k_pages.float() if rounded else index_k_pages)
+    scales = np.empty((0, 0), np.float32)
+    if index_k_scales is not None:
+        scales = index_k_scales.contiguous().numpy()
     starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
     slab = max(QUERIES, SCRATCH // (groups * blocks))
     with parallel_region(q.size * int(positions.max() + 1)):
@@ -42,30 +59,25 @@ def select_blocks(index_q: Tensor, index_k_pages: Tensor, layout: PackedLayout, 
             # Nothing is ranked where every query may have all its blocks.
             maxima = np.empty((last - first, groups, blocks if blocks > top_k else 0), dtype=np.float32)
             if blocks > top_k:
-                chunks = _chunks(starts, first, last, QUERIES)
-                _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima)
+                chunks = chunks_of(starts, first, last, QUERIES)
+                _block_maxima(q, keys, scales, positions, paths, table, chunks, first, top_k, maxima)
             _best_blocks(maxima, positions[first:last], layout.block_size, selected[first:last])
     return torch.from_numpy(selected)
 
 
-@compiled()
-def _chunks(starts, first, last, size):
-    """int64 [C, 2]: [from, to) of runs of at most `size` tokens of one path that cover first..last."""
-    out = np.empty((last - first, 2), dtype=np.int64)
-    count = 0
-    for p in range(len(starts) - 1):
-        end = min(last, starts[p + 1])
-        at = max(first, starts[p])
-        while at < end:
-            out[count, 0] = at
-            at = min(end, at + size)
-            out[count, 1] = at
-            count += 1
-    return out[:count]
+def certified_select_blocks(
+    index_q: Tensor, index_k_pages: Tensor, low: LowPrecisionKeys, layout: PackedLayout, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The same, and int32 [N, Hkv], how many blocks were looked at in full precision: without tiles, where
+    low precision saves nothing, all of them."""
+    if cpu_tiles.fits(index_q, low.codes):
+        return cpu_tiles.certified_select_blocks(index_q, index_k_pages, low, layout, top_k)
+    own = (layout.positions // layout.block_size).int()
+    return select_blocks(index_q, index_k_pages, layout, top_k), own[:, None].repeat(1, index_q.shape[1])
 
 
 @compiled(parallel=True, error_model="numpy")
-def _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima):
+def _block_maxima(q, keys, scales, positions, paths, table, chunks, first, top_k, maxima):
     """maxima[i - first, g, b] = max over block b of q[i, g] . key, for the blocks b before the query's
     own."""
     _, groups, dim = q.shape
@@ -93,6 +105,9 @@ def _block_maxima(q, keys, positions, paths, table, chunks, first, top_k, maxima
                         width, False
                     )  # fmt: skip
                     for g in range(groups):
+                        if len(scales):
+                            for t in range(block_size):
+                                scores[g * width + t] *= scales[page, t]
                         maxima[i - first, g, b] = _largest(scores[g * width : g * width + block_size])
 
 
@@ -110,42 +125,13 @@ def _best_blocks(maxima, positions, block_size, selected):
     n, groups, top_k = selected.shape
     for i in prange(n):
         own = positions[i] // block_size
-        values = np.empty(top_k, dtype=np.float32)
+        values = np.empty(top_k - 1, dtype=np.float32)
         for g in range(groups):
             row = selected[i, g]
             if own < top_k:
                 for b in range(own + 1):
                     row[b] = b
             else:
-                _insert_best(maxima[i, g], own, values, row)
-                _sort(row, top_k - 1)
+                insert_best(maxima[i, g, :own], values, row[: top_k - 1])
+                sort_ids(row, top_k - 1)
                 row[top_k - 1] = own
-
-
-@compiled()
-def _insert_best(scores, count, values, ids):
-    """The len(ids) - 1 best of scores[:count], best first; a tie keeps the earlier block before the later."""
-    room = len(ids) - 1
-    filled = 0
-    for b in range(count):
-        score = scores[b]
-        if filled == room and (room == 0 or not score > values[room - 1]):
-            continue
-        at = min(filled, room - 1)
-        while at > 0 and score > values[at - 1]:
-            values[at] = values[at - 1]
-            ids[at] = ids[at - 1]
-            at -= 1
-        values[at] = score
-        ids[at] = b
-        filled = min(filled + 1, room)
-
-
-@compiled()
-def _sort(ids, count):
-    for i in range(1, count):
-        moved, at = ids[i], i
-        while at > 0 and ids[at - 1] > moved:
-            ids[at] = ids[at - 1]
-            at -= 1
-        ids[at] = moved

@@ -10,6 +10,8 @@ CASES = (
     Case((130, 16, 1, 33), 4, 2, 16, 8, 16, 4),
     Case((61,), 7, 1, 33, 4, 5, 4),  # seven heads share one group; longer than the blocks read
     Case((90, 41), 4, 2, 16, 8, 16, 3, tail=2),
+    Case((150, 33, 1, 64), 10, 2, 64, 32, 32, 3),  # five heads of a group in a tile of sixteen
+    Case((200, 261), 16, 1, 32, 32, 64, 2, tail=9),
 )
 SMALL_CASES = (
     Case((1,), 1, 1, 16, 16, 16, 1),

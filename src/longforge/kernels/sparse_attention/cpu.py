@@ -23,6 +23,7 @@ from longforge.kernels.numba_host import (
     shares_pages,
     wide_array,
 )
+from longforge.kernels.sparse_attention import cpu_tiles, cpu_tiles_backward
 from longforge.kernels.vector_code import dot, exponentials, product, round_up, softmax
 
 __all__ = ["sparse_attention"]
@@ -45,6 +46,8 @@ def sparse_attention(
 
 def _attend(q, k_pages, v_pages, blocks, layout, scale) -> tuple[Tensor, Tensor]:
     """out in q's dtype, lse in the dtype of the computation."""
+    if cpu_tiles.fits(q, k_pages):
+        return cpu_tiles.attend(q, k_pages, v_pages, blocks, layout, scale)
     positions, paths, table = layout_arrays(layout)
     wide_q, k, v = wide_array(q), raw_array(k_pages), raw_array(v_pages)
     out, lse = np.empty_like(wide_q), np.empty(wide_q.shape[:2], dtype=wide_q.dtype)
@@ -66,7 +69,7 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k_pages, v_pages, blocks, layout, scale):
         out, lse = _attend(q, k_pages, v_pages, blocks, layout, scale)
-        ctx.save_for_backward(q, k_pages, v_pages, blocks, lse)
+        ctx.save_for_backward(q, k_pages, v_pages, blocks, out, lse)
         ctx.layout, ctx.scale = layout, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -74,7 +77,12 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, _):
-        q, k_pages, v_pages, blocks, lse = ctx.saved_tensors
+        q, k_pages, v_pages, blocks, out, lse = ctx.saved_tensors
+        if cpu_tiles.fits(q, k_pages):
+            grads = cpu_tiles_backward.gradients(
+                q, k_pages, v_pages, blocks, ctx.layout, ctx.scale, out, lse, d_out
+            )
+            return *(grad.to(q.dtype) for grad in grads), None, None, None
         positions, paths, table = layout_arrays(ctx.layout)
         wide_q, k, v = wide_array(q), wide_array(k_pages), wide_array(v_pages)
         d_q, d_k, d_v = np.empty_like(wide_q), np.zeros_like(k), np.zeros_like(v)
