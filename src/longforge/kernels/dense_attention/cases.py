@@ -18,6 +18,8 @@ CASES = (
     _case((130, 16, 1, 33), 4, 2, 16, 16),
     _case((150,), 5, 1, 33, 128),  # more keys than a tile; five heads share one group
     _case((70, 41), 4, 2, 16, 16, tail=3),
+    _case((300, 33, 1, 64), 10, 2, 64, 32),
+    _case((200, 261), 16, 1, 32, 64, tail=9),
 )
 WINDOWS = (None, 1, 6, 16, 129)
 SPEED_CASES = {

@@ -1,6 +1,7 @@
 """Dense attention on the CPU. No scores beyond a tile are ever held, and no key outside the window is read.
 
-Two ways to compute the forward, chosen path by path:
+In bf16, without a window, ../tiles/ computes it where the processor multiplies bf16. For the rest there are
+two ways to compute the forward, chosen path by path:
 
 - direct, where few queries read each key, as in decode: one unit of work is (query, SPAN keys), keys are read
   in their pages, through the page table; the units of a query are merged by their log-sum-exp.
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, parallel_region, path_starts, raw_array
+from longforge.kernels.tiles import attention, attention_backward
 from longforge.kernels.vector_code import (
     LANES,
     exponential,
@@ -90,6 +92,11 @@ class _DenseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k_pages, v_pages, out, lse = ctx.saved_tensors
+        if _on_tiles(q, k_pages, ctx.span):
+            grads = attention_backward.gradients(
+                q, k_pages, v_pages, None, ctx.layout, ctx.scale, out, lse, d_out
+            )
+            return *(grad.to(q.dtype) for grad in grads), None, None, None
         plan = _plan(ctx.layout, ctx.span, _tokens_of_tile(q, k_pages), _every_run(ctx.layout))
         heads = k_pages.shape[2]
         rows = _by_group(q, heads).mul_(ctx.scale)
@@ -117,6 +124,8 @@ def _attend(
     tiled_from: int,
 ) -> tuple[Tensor, Tensor]:
     """out in q's dtype, lse in the dtype of the computation; paths from tiled_from queries on go tiled."""
+    if _on_tiles(q, k_pages, span):
+        return attention.attend(q, k_pages, v_pages, None, layout, scale)
     n, heads, _ = q.shape
     wide = _wide(q)
     out, lse = torch.empty(q.shape, dtype=wide.dtype), torch.empty(n, heads, dtype=wide.dtype)
@@ -128,6 +137,11 @@ def _attend(
         if not is_tiled.all():
             _attend_directly(wide, k_pages, v_pages, layout, span, scale, runs[~is_tiled], out, lse)
     return out.to(q.dtype), lse
+
+
+def _on_tiles(q: Tensor, k_pages: Tensor, span: int) -> bool:
+    """Whether ../tiles/ computes it, which knows no window: bf16 where the processor multiplies bf16."""
+    return span == np.iinfo(np.int64).max and attention.fits(q, k_pages)
 
 
 def _attend_tiled(q, k_pages, v_pages, layout, span, scale, runs, out, lse) -> None:

@@ -10,7 +10,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from longforge.kernels.block_visits import block_visits, prefix_visits, written
+from longforge.kernels.block_visits import block_visits, chosen_blocks, written
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import (
     compiled,
@@ -20,7 +20,8 @@ from longforge.kernels.numba_host import (
     raw_array,
     shares_pages,
 )
-from longforge.kernels.tiles.engine import TILE_ENGINE
+from longforge.kernels.tiles.attention import LOG2_E, columns_of, pairs_per_query
+from longforge.kernels.tiles.attention import fits as attention_fits
 from longforge.kernels.tiles.forms import panel_of_columns, panels_of_known_rows, panels_of_rows
 from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
 from longforge.kernels.tiles.softmax import add_row, divergence_step, mean_of_powers
@@ -33,15 +34,11 @@ SEGMENT = 512
 """Queries that a block is read for at once."""
 BATCH = STEP
 """Queries whose index scores one product computes, and whose gradients one product adds."""
-LOG2_E = 1.4426950408889634
 
 
 def fits(index_q: Tensor, q: Tensor, k_pages: Tensor) -> bool:
     """Whether tiles can compute it: bf16, whole steps, and heads of a group that fill some of a tile."""
-    sizes = index_q.shape[2], q.shape[2], k_pages.shape[1]
-    per_group = q.shape[1] // k_pages.shape[2]
-    known = TILE_ENGINE is not None and q.dtype == torch.bfloat16
-    return known and not any(size % STEP for size in sizes) and 4 <= per_group <= COLUMNS
+    return index_q.shape[2] % STEP == 0 and attention_fits(q, k_pages)
 
 
 def divergences(
@@ -64,16 +61,11 @@ def divergences(
     d_index_q = np.zeros(index_q.shape if wanted else (0, 0, 0), np.float32)
     d_index_k = np.zeros((groups if wanted else 0, *index_k_pages.shape), np.float32)
     values = np.zeros((n, groups), np.float32)
-    ids, most = np.empty((0, 0, 0), np.int32), int(positions.max(initial=-1)) // layout.block_size + 1
-    if blocks is not None:
-        ids, most = blocks.to(torch.int32).contiguous().numpy(), blocks.shape[2]
-    padded = torch.nn.functional.pad(
-        q.detach().unflatten(1, (groups, -1)), (0, 0, 0, COLUMNS - heads // groups)
-    )
+    ids = chosen_blocks(blocks)
     starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
-    with parallel_region(q.numel() * most * layout.block_size):
+    with parallel_region(q.numel() * pairs_per_query(blocks, layout)):
         _all_units(
-            tile_settings(), raw_array(index_q), raw_array(index_k_pages), raw_array(padded),
+            tile_settings(), raw_array(index_q), raw_array(index_k_pages), columns_of(q, groups),
             raw_array(k_pages), heads // groups, ids, positions, paths, table, np.float32(scale * LOG2_E),
             np.float32(index_scale * LOG2_E), each, starts, values, d_index_q, d_index_k,
         )  # fmt: skip
@@ -103,10 +95,7 @@ def _segment(
     settings, index_q, index_k, q, k, per_group, blocks, positions, paths, table, scale, index_scale, weights,
     g, begin, end, values, d_index_q, d_index_k,
 ):  # fmt: skip
-    if len(blocks):
-        starts, queries = block_visits(blocks, g, begin, end, table.shape[1])
-    else:
-        starts, queries = prefix_visits(positions, k.shape[1], begin, end, table.shape[1])
+    starts, queries = block_visits(blocks, positions, k.shape[1], g, begin, end, table.shape[1])
     begin_tiles(settings)
     sums = _log_sums(
         index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale, g,

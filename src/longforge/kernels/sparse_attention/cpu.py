@@ -23,7 +23,7 @@ from longforge.kernels.numba_host import (
     shares_pages,
     wide_array,
 )
-from longforge.kernels.sparse_attention import cpu_tiles, cpu_tiles_backward
+from longforge.kernels.tiles import attention, attention_backward
 from longforge.kernels.vector_code import dot, exponentials, product, round_up, softmax
 
 __all__ = ["sparse_attention"]
@@ -46,8 +46,8 @@ def sparse_attention(
 
 def _attend(q, k_pages, v_pages, blocks, layout, scale) -> tuple[Tensor, Tensor]:
     """out in q's dtype, lse in the dtype of the computation."""
-    if cpu_tiles.fits(q, k_pages):
-        return cpu_tiles.attend(q, k_pages, v_pages, blocks, layout, scale)
+    if attention.fits(q, k_pages):
+        return attention.attend(q, k_pages, v_pages, blocks, layout, scale)
     positions, paths, table = layout_arrays(layout)
     wide_q, k, v = wide_array(q), raw_array(k_pages), raw_array(v_pages)
     out, lse = np.empty_like(wide_q), np.empty(wide_q.shape[:2], dtype=wide_q.dtype)
@@ -78,8 +78,8 @@ class _SparseAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, _):
         q, k_pages, v_pages, blocks, out, lse = ctx.saved_tensors
-        if cpu_tiles.fits(q, k_pages):
-            grads = cpu_tiles_backward.gradients(
+        if attention.fits(q, k_pages):
+            grads = attention_backward.gradients(
                 q, k_pages, v_pages, blocks, ctx.layout, ctx.scale, out, lse, d_out
             )
             return *(grad.to(q.dtype) for grad in grads), None, None, None

@@ -132,8 +132,8 @@ def pair(builder, even, odd):
 
 
 def logarithm_of_two(builder, x):
-    """log2(x) of normal x > 0, absolute error below 2e-7; the part within [sqrt(1/2), sqrt(2)) goes through the
-    series of the inverse hyperbolic tangent."""
+    """log2(x) of normal x > 0, absolute error below 2e-7; the part within [sqrt(1/2), sqrt(2)) goes through
+    the series of the inverse hyperbolic tangent."""
     bits = builder.bitcast(x, WORDS)
     # sqrt(1/2) as bits: subtracting it makes the exponent step where the part would leave that interval.
     offset = builder.sub(bits, words(0x3F3504F3))

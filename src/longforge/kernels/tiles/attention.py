@@ -1,6 +1,6 @@
-"""Block-sparse attention on the CPU in bf16, on tiles.
+"""Attention on the CPU in bf16, on tiles: over selected blocks, or over the whole prefix.
 
-Key/value-outer: a unit of work (some queries, one group) goes through the blocks that its queries chose, in
+Key/value-outer: a unit of work (some queries, one group) goes through the blocks that its queries see, in
 ascending order, and through the queries of each. So a block's keys and values are read once for all of them,
 and results of a query add up in the order of its blocks, whatever else is in the batch. All products have
 keys, or channels of values, as rows and the G query heads of one query as columns: softmax is then plain
@@ -13,7 +13,7 @@ import torch
 from numba import get_num_threads, prange
 from torch import Tensor
 
-from longforge.kernels.block_visits import block_visits, written
+from longforge.kernels.block_visits import block_visits, chosen_blocks, written
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, raw_array
 from longforge.kernels.tiles.engine import TILE_ENGINE
@@ -23,7 +23,7 @@ from longforge.kernels.tiles.softmax import multiply_rows, online_softmax
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
 from longforge.kernels.vector_code import transpose
 
-__all__ = ["LOG2_E", "attend", "columns_of", "fits", "transposed_block"]
+__all__ = ["LOG2_E", "attend", "columns_of", "fits", "pairs_per_query", "transposed_block"]
 
 f32 = np.float32
 LOG2_E = 1.4426950408889634
@@ -46,15 +46,16 @@ def columns_of(q: Tensor, groups: int) -> np.ndarray:
 
 
 def attend(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, blocks: Tensor, layout: PackedLayout, scale: float
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, blocks: Tensor | None, layout: PackedLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out in bf16, lse fp32), as in cpu.py."""
+    """q [N, Hq, D], k_pages and v_pages [S, Bk, Hkv, D], blocks int32 [N, Hkv, K], None for the whole prefix
+    -> out [N, Hq, D] in bf16, lse fp32 [N, Hq]."""
     n, heads, _ = q.shape
-    groups, block_size = k_pages.shape[2], layout.block_size
+    groups = k_pages.shape[2]
     positions, paths, table = layout_arrays(layout)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(n, heads)
-    ids = blocks.to(torch.int32).contiguous().numpy()
-    with parallel_region(2 * q.numel() * ids.shape[2] * block_size):
+    ids = chosen_blocks(blocks)
+    with parallel_region(2 * q.numel() * pairs_per_query(blocks, layout)):
         queries = max(1, min(QUERIES, -(-n * groups // (4 * get_num_threads()))))
         _forward(
             tile_settings(), columns_of(q, groups), raw_array(k_pages), raw_array(v_pages), ids, positions,
@@ -63,10 +64,20 @@ def attend(
     return out, lse
 
 
+def pairs_per_query(blocks: Tensor | None, layout: PackedLayout) -> int:
+    """(query, key) pairs of a query and head, at most."""
+    if blocks is not None:
+        return blocks.shape[2] * layout.block_size
+    return int(layout.positions.max()) + 1 if len(layout.positions) else 0
+
+
 @compiled(parallel=True, error_model="numpy")
 def _forward(settings, q, k, v, blocks, positions, paths, table, scale, queries, out, lse):
     groups = k.shape[2]
-    for unit in prange((q.shape[0] + queries - 1) // queries * groups):
+    units = (q.shape[0] + queries - 1) // queries * groups
+    for u in prange(units):
+        # Later queries may see more: early and late ones take turns, so that every thread gets as much work.
+        unit = u // 2 if u % 2 == 0 else units - 1 - u // 2
         begin = unit // groups * queries
         _forward_unit(
             settings, q, k, v, blocks, positions, paths, table, scale, np.int64(unit % groups),
@@ -88,7 +99,7 @@ def _forward_unit(settings, q, k, v, blocks, positions, paths, table, scale, g, 
     scores, shares = np.empty(2 * size, np.float32), np.empty(size, np.uint32)
     values = np.empty(dim * block_size // 2, np.uint32)
     pairs = np.empty(dim * block_size // 2, np.uint32)
-    starts, queries = block_visits(blocks, g, begin, end, table.shape[1])
+    starts, queries = block_visits(blocks, positions, block_size, g, begin, end, table.shape[1])
     begin_tiles(settings)
     for b in range(table.shape[1]):
         page, at, same = np.int64(-1), starts[b], starts[b]

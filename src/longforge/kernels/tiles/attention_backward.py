@@ -1,6 +1,6 @@
-"""Gradients of block-sparse attention on the CPU in bf16, on tiles.
+"""Gradients of attention.py.
 
-Key/value-outer as the forward pass. Gradients of a block's keys and values grow in scratch while its queries
+Key/value-outer too. Gradients of a block's keys and values grow in scratch while its queries
 go by, a batch of them side by side, so that one product adds the whole batch; those of a query grow in fp32
 until its segment of the path is done. A unit of work owns what it adds to: its group of its path's pages, or
 of all pages where paths share some. So no sum depends on threads.
@@ -11,7 +11,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from longforge.kernels.block_visits import block_visits, written
+from longforge.kernels.block_visits import block_visits, chosen_blocks, written
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import (
     compiled,
@@ -21,7 +21,7 @@ from longforge.kernels.numba_host import (
     raw_array,
     shares_pages,
 )
-from longforge.kernels.sparse_attention.cpu_tiles import LOG2_E, columns_of, transposed_block
+from longforge.kernels.tiles.attention import LOG2_E, columns_of, pairs_per_query, transposed_block
 from longforge.kernels.tiles.forms import narrow, panel_of_columns, panels_of_rows
 from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
 from longforge.kernels.tiles.softmax import softmax_gradients
@@ -40,7 +40,7 @@ def gradients(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    blocks: Tensor,
+    blocks: Tensor | None,
     layout: PackedLayout,
     scale: float,
     out: Tensor,
@@ -53,9 +53,9 @@ def gradients(
     delta = (d_out.float() * out.float()).sum(-1)
     d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_pages, v_pages))
-    ids = blocks.to(torch.int32).contiguous().numpy()
+    ids = chosen_blocks(blocks)
     starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
-    with parallel_region(5 * q.numel() * ids.shape[2] * layout.block_size):
+    with parallel_region(5 * q.numel() * pairs_per_query(blocks, layout)):
         _backward(
             tile_settings(), columns_of(q, groups), columns_of(d_out.to(q.dtype), groups), raw_array(k_pages),
             raw_array(v_pages), ids, positions, paths, table, np.float32(scale), _lanes(lse * LOG2_E, groups),
@@ -96,7 +96,7 @@ def _segment(
     # Of a batch: shares and gradients of scores, queries and output gradients as right sides.
     shares, d_scores = np.zeros((2, block_size * BATCH * COLUMNS), np.uint16)
     right_q, right_d_out = np.zeros((2, dim * BATCH * COLUMNS // 2), np.uint32)
-    starts, queries = block_visits(blocks, g, begin, end, table.shape[1])
+    starts, queries = block_visits(blocks, positions, block_size, g, begin, end, table.shape[1])
     begin_tiles(settings)
     for b in range(table.shape[1]):
         at = starts[b]
