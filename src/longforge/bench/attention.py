@@ -28,6 +28,8 @@ EFFICIENCY = 0.3
 """Of the measured rates, for that estimate."""
 HOPELESS = 5
 """A rival this many times as slow as the best is named and not timed, where its steps take WORTH_SAVING."""
+LONG = 5.0
+"""Seconds from which on a step is not run again only to be warm."""
 WORTH_SAVING = 0.1
 """Seconds."""
 
@@ -140,11 +142,11 @@ class Bench:
         try:
             parts = {kind: our_parts(inputs, select) for kind, select in selections(inputs).items()}
             for ours in parts.values():
-                ours["whole"]()
+                ours["whole"]()  # and whatever is compiled the first time
         except torch.OutOfMemoryError:
             _say(f"{title}: left out, our side ran out of memory")
             return []
-        rivals = self._rivals(inputs, title)
+        rivals, seconds = self._rivals(inputs, title)
         contestants = dict(rivals)
         for kind, ours in parts.items():
             contestants |= {f"{kind} {name}": step for name, step in ours.items()}
@@ -153,7 +155,7 @@ class Bench:
             pairs = {name: captured(step, options.device) for name, step in contestants.items()}
             contestants = {name: step for name, (step, _) in pairs.items()}
             graphs = {name: worked for name, (_, worked) in pairs.items()}
-        timings = interleaved(contestants, options.device, options.seconds)
+        timings = interleaved(contestants, options.device, options.seconds, warm=seconds)
         told = [f"{name} {timings[name].ms:.3g}" for name in rivals]
         rows = []
         for kind, ours in parts.items():
@@ -167,18 +169,20 @@ class Bench:
         _say(f"{title}: {', '.join(told)}")
         return rows
 
-    def _rivals(self, inputs: Inputs, title: str) -> dict[str, Step]:
+    def _rivals(self, inputs: Inputs, title: str) -> tuple[dict[str, Step], dict[str, float]]:
+        """Steps, and the seconds of those that need no second warming up."""
         shape, work = self.options.shape, inputs.work
         if self._seconds(work.dense_flops(shape), work.dense_bytes(shape, self.width)) > self.longest:
             _say(f"{title}: every rival left out, a step would take more than {self.longest:.0f} s")
-            return {}
+            return {}, {}
         steps: dict[str, Step] = {}
         seconds: dict[str, float] = {}
         for name, build in RIVALS.items():
             try:
                 step = build(inputs)
-                step()  # whatever is compiled the first time
                 seconds[name] = sample(step, 1, self.options.device)
+                if seconds[name] < LONG:  # what is compiled the first time may be most of it
+                    seconds[name] = sample(step, 1, self.options.device)
                 steps[name] = step
             except (Unusable, RuntimeError, ValueError, TypeError, ImportError) as error:
                 # The others are what packages and torch itself say where they cannot take a shape or device.
@@ -187,7 +191,8 @@ class Bench:
             if taken > max(WORTH_SAVING, HOPELESS * min(seconds.values())):
                 del steps[name]
                 self._leave_out(title, name, f"more than {HOPELESS} times as slow as another rival")
-        return steps
+        long = {name: taken for name, taken in seconds.items() if name in steps and taken >= LONG}
+        return steps, long
 
     def _leave_out(self, title: str, name: str, why: str) -> None:
         if (name, why) not in self._said:
