@@ -23,7 +23,7 @@ from longforge.kernels.numba_host import (
 from longforge.kernels.tiles.attention import LOG2_E, columns_of, pairs_per_query
 from longforge.kernels.tiles.attention import fits as attention_fits
 from longforge.kernels.tiles.forms import panel_of_columns, panels_of_known_rows, panels_of_rows
-from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
+from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles, tile_product
 from longforge.kernels.tiles.softmax import add_row, divergence_step, mean_of_powers
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
 from longforge.kernels.vector_code import transpose
@@ -65,7 +65,7 @@ def divergences(
     starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
     with parallel_region(q.numel() * pairs_per_query(blocks, layout)):
         _all_units(
-            tile_settings(), raw_array(index_q), raw_array(index_k_pages), columns_of(q, groups),
+            TILE_SETTINGS, raw_array(index_q), raw_array(index_k_pages), columns_of(q, groups),
             raw_array(k_pages), heads // groups, ids, positions, paths, table, np.float32(scale * LOG2_E),
             np.float32(index_scale * LOG2_E), each, starts, values, d_index_q, d_index_k,
         )  # fmt: skip

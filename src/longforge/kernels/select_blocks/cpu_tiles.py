@@ -17,12 +17,12 @@ from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, path_starts, raw_array
+from longforge.kernels.select_blocks.cpu_scan import LEVELS, scan
 from longforge.kernels.select_blocks.low_precision import CODE_DTYPES, LowPrecisionKeys
 from longforge.kernels.select_blocks.ranking import chunks_of, insert_best, sort_ids
 from longforge.kernels.tiles.engine import TILE_ENGINE
-from longforge.kernels.tiles.forms import panel_of_columns, widen_codes
-from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
-from longforge.kernels.tiles.softmax import column_maxima, greatest_bits
+from longforge.kernels.tiles.forms import widen_codes
+from longforge.kernels.tiles.product import TILE_SETTINGS
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
 from longforge.kernels.vector_code import largest, product_in_order, round_up, transpose, widen
 
@@ -30,8 +30,6 @@ __all__ = ["certified_select_blocks", "fits", "select_blocks"]
 
 QUERIES = 64
 """Most queries of one path that a block's keys are read for at once."""
-SPAN = 64
-"""Blocks of one unit of parallel work: one decode query over a long path still fills all threads."""
 SCRATCH = 1 << 23
 """Most block scores held at once (32 MiB)."""
 
@@ -39,7 +37,8 @@ SCRATCH = 1 << 23
 def fits(index_q: Tensor, index_k_pages: Tensor) -> bool:
     """Whether tiles can scan: bf16 queries, bf16 keys or int8 codes, whole steps."""
     known = index_q.dtype == torch.bfloat16 and index_k_pages.dtype in (torch.bfloat16, *CODE_DTYPES)
-    whole = index_q.shape[2] % STEP == 0 and index_k_pages.shape[1] % COLUMNS == 0
+    step = 2 * STEP if index_k_pages.dtype == torch.int8 else STEP
+    whole = index_q.shape[2] % step == 0 and index_k_pages.shape[1] % COLUMNS == 0
     return TILE_ENGINE is not None and known and whole
 
 
@@ -48,19 +47,14 @@ def select_blocks(
 ) -> Tensor:
     """index_q [N, Hkv, Di], keys [S, Bk, Di], with scales [S, Bk] where they are codes -> int32
     [N, Hkv, K]."""
-    # Each of the two sums of Di exact products is within (Di + 16) 2^-24 of the sum of |q| |k|, and so of the
-    # sum of |q| times the greatest |k|; a scale costs one rounding more, the comparison another.
-    total = index_q.detach().double().abs().sum(2)
-    reach = total * (2 * 2 * (index_q.shape[2] + 20) * 2.0**-24) + 1e-30
-    return _selected(index_q, keys, scales, None, keys, scales, reach, layout, top_k)[0]
+    return _selected(index_q, keys, scales, None, keys, scales, layout, top_k)[0]
 
 
 def certified_select_blocks(
     index_q: Tensor, index_k_pages: Tensor, low: LowPrecisionKeys, layout: PackedLayout, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The same over index_k_pages from a scan of low; and int32 [N, Hkv], blocks scored in full precision."""
-    reach = index_q.detach().double().norm(dim=2) * (2 + 2**-20) + 1e-30
-    return _selected(index_q, low.codes, low.scales, low.radius, index_k_pages, None, reach, layout, top_k)
+    return _selected(index_q, low.codes, low.scales, low.radius, index_k_pages, None, layout, top_k)
 
 
 def _selected(
@@ -70,22 +64,25 @@ def _selected(
     radius: Tensor | None,
     keys: Tensor,
     scales: Tensor | None,
-    reach: Tensor,
     layout: PackedLayout,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """(selected, opened). reach [N, Hkv] times a page's radius bounds twice the distance between the scanned
-    score of a block and the rule's over keys; without a radius it is the page's greatest |number|."""
-    n, groups, _ = index_q.shape
+    """(selected, opened): scanned is what is scanned, within radius [S] (0 where there is none) of keys, by
+    which the rule of arithmetic decides."""
+    n, groups, dim = index_q.shape
     selected, opened = np.full((n, groups, top_k), -1, np.int32), np.zeros((n, groups), np.int32)
     if n == 0:
         return torch.from_numpy(selected), torch.from_numpy(opened)
     positions, paths, table = layout_arrays(layout)
-    q, reaches = raw_array(index_q), reach.float().contiguous().numpy()
-    some, full = (_raw(scanned), _scales(scanned_scales)), (_raw(keys), _scales(scales))
-    radii = np.zeros(table.shape, np.float32)
+    q, some, full = (
+        raw_array(index_q),
+        (_raw(scanned), _scales(scanned_scales)),
+        (_raw(keys), _scales(scales)),
+    )
+    reach = _reach(dim, scanned.dtype == torch.int8)
+    radii = np.zeros((2, *table.shape), np.float32)
     if radius is not None:
-        radii = radius.float().numpy()[np.maximum(table, 0)]
+        radii[1] = radius.float().numpy()[np.maximum(table, 0)]
     starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
     slab = max(QUERIES, SCRATCH // (groups * blocks))
     with parallel_region(q.size * int(positions.max() + 1)):
@@ -95,12 +92,21 @@ def _selected(
             maxima = np.empty((last - first, groups, blocks if blocks > top_k else 0), np.float32)
             if blocks > top_k:
                 chunks = chunks_of(starts, first, last, QUERIES)
-                _scan(
-                    tile_settings(), q, *some, positions, paths, table, chunks, first, top_k,
-                    radius is None, radii, maxima,
-                )  # fmt: skip
-            _rank(maxima, radii, reaches, q, *full, positions, paths, table, first, selected, opened)
+                scan(TILE_SETTINGS, q, *some, positions, paths, table, chunks, first, top_k, radii[0], maxima)
+            _rank(maxima, radii, reach, q, *full, positions, paths, table, first, selected, opened)
     return torch.from_numpy(selected), torch.from_numpy(opened)
+
+
+def _reach(dim: int, codes: bool) -> np.ndarray:
+    """fp64 [3]: with r the greatest |number| of a page's keys and s its radius, twice the distance between a
+    scanned score and the rule's is at most
+
+        r (reach[0] sum |q| + reach[1] max |q|) + s reach[2] norm(q).
+
+    Each of the two sums of Di products is within (Di + 16) 2^-24 of the sum of |q| |k|; a scale costs one
+    rounding more, the comparison another. A query in levels is within half a level of itself.
+    """
+    return np.array([2 * 2 * (dim + 20) * 2.0**-24, codes * dim / LEVELS * (1 + 2**-10), 2 + 2**-20])
 
 
 def _raw(keys: Tensor) -> np.ndarray:
@@ -113,87 +119,6 @@ def _raw(keys: Tensor) -> np.ndarray:
 
 def _scales(scales: Tensor | None) -> np.ndarray:
     return np.empty((0, 0), np.float32) if scales is None else scales.contiguous().numpy()
-
-
-@compiled(parallel=True, error_model="numpy")
-def _scan(settings, q, keys, scales, positions, paths, table, chunks, first, top_k, measure, radii, maxima):
-    spans = (maxima.shape[2] + SPAN - 1) // SPAN
-    for unit in prange(len(chunks) * spans):
-        begin, end = chunks[unit // spans]
-        from_block = unit % spans * SPAN
-        # Ascending positions: the chunk's last query has most blocks.
-        own = positions[end - 1] // keys.shape[1]
-        to_block = min(from_block + SPAN, own)
-        if to_block > from_block and own >= top_k:
-            _scan_unit(
-                settings, q, keys, scales, table[paths[begin]], measure, radii[paths[begin]], begin, end,
-                np.int64(from_block), np.int64(to_block), first, maxima,
-            )  # fmt: skip
-
-
-@compiled(error_model="numpy")
-def _scan_unit(
-    settings, q, keys, scales, pages, measure, radii, begin, end, from_block, to_block, first, maxima
-):
-    """maxima[i - first, g, b] = max over block b of q[i, g] . key, as the tiles add it up."""
-    _, groups, dim = q.shape
-    block_size, blocks = keys.shape[1], maxima.shape[2]
-    columns = (end - begin) * groups
-    panels = (columns + COLUMNS - 1) // COLUMNS
-    padded = np.zeros(panels * COLUMNS * dim, np.uint16)
-    padded[: columns * dim] = q[begin:end].reshape(-1)
-    size, score = dim // 2 * COLUMNS, block_size * COLUMNS
-    queries = np.empty(panels * size, np.uint32)
-    for j in range(panels):
-        panel_of_columns(queries, j * size, padded.view(np.uint32), j * size, dim // 2, dim)
-    scores, wide = np.empty(2 * score, np.float32), np.empty(block_size * dim, np.uint16)
-    some = np.empty((COLUMNS, panels * COLUMNS), np.float32)
-    flat, flat_some, flat_maxima = keys.reshape(-1), some.reshape(-1), maxima.reshape(-1)
-    begin_tiles(settings)
-    for b in range(from_block, to_block):
-        page = np.int64(pages[b])
-        rows_of, at = _rows_of(flat, page * block_size * dim, wide, block_size * dim)
-        factors = scales[page] if len(scales) else scales.reshape(-1)
-        if measure:
-            radii[b] = _greatest_number(rows_of, at, block_size * dim, factors)
-        for j in range(0, panels, 2):
-            both = min(2, panels - j)
-            tile_product(
-                scores, 0, COLUMNS, score, rows_of, at, dim, queries, j * size, size, block_size // COLUMNS,
-                both, dim // STEP, False,
-            )  # fmt: skip
-            for x in range(both):
-                to = (b - from_block) % COLUMNS * panels * COLUMNS + (j + x) * COLUMNS
-                column_maxima(flat_some, to, scores, x * score, block_size, factors, 0)
-        done = (b - from_block) % COLUMNS + 1
-        if done == COLUMNS or b + 1 == to_block:
-            to = (begin - first) * groups * blocks + b + 1 - done
-            transpose(flat_maxima, to, blocks, flat_some, 0, panels * COLUMNS, done, columns)
-    end_tiles()
-
-
-def _rows_of(keys, first, wide, count) -> Any:
-    """(uint16 array, first element) with bf16 bits of keys[first:first + count]; codes go through `wide`."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_rows_of)
-def _rows_of_either(keys, first, wide, count):
-    if keys.dtype == types.int8:
-
-        def widened(keys, first, wide, count):
-            widen_codes(wide, 0, keys, first, count)
-            return wide, np.int64(0)
-
-        return widened
-    return lambda keys, first, wide, count: (keys, first)
-
-
-@compiled(error_model="numpy")
-def _greatest_number(rows, first, count, factors):
-    """The greatest |number| of bf16 bits, times the greatest factor where there are some."""
-    greatest = widen(greatest_bits(rows, first, count))
-    return greatest * largest(factors) if len(factors) else greatest
 
 
 @compiled(parallel=True, error_model="numpy")
@@ -218,7 +143,7 @@ def _rank_query(maxima, radii, reach, q, keys, scales, positions, paths, table, 
     # The K best of the scan: the last of them is the first that may be left out.
     values, ids = np.empty(top_k, np.float32), np.empty(top_k, np.int32)
     exact, tile = np.empty(own, np.float32), np.empty(0, np.float32)
-    top = largest(radii[paths[i], :own])
+    greatest, radius = largest(radii[0, paths[i], :own]), largest(radii[1, paths[i], :own])
     for g in range(groups):
         row = selected[i, g]
         row[top_k - 1] = own
@@ -226,7 +151,7 @@ def _rank_query(maxima, radii, reach, q, keys, scales, positions, paths, table, 
             continue
         scanned = maxima[g, :own]
         insert_best(scanned, values, ids)
-        bound = reach[i, g] * top
+        bound = np.float32(_bound(q[i, g], greatest, radius, reach))
         if own < top_k or values[top_k - 2] - values[top_k - 1] > bound:
             row[: top_k - 1] = ids[: top_k - 1]
         else:
@@ -249,14 +174,27 @@ def _rank_query(maxima, radii, reach, q, keys, scales, positions, paths, table, 
 
 
 @compiled(error_model="numpy")
+def _bound(q, greatest, radius, reach):
+    """Twice the greatest distance of a scanned score from the rule's, see _reach."""
+    total, squares, top = 0.0, 0.0, 0.0
+    for bits in q:
+        x = abs(np.float64(widen(bits)))
+        total += x
+        squares += x * x
+        top = max(top, x)
+    # Subnormal numbers count as 0 in the scan: far less than the last term.
+    rounding = greatest * (reach[0] * total + reach[1] * top)
+    return (rounding + radius * reach[2] * np.sqrt(squares)) * (1 + 1e-6) + 1e-30 * (1 + greatest) * (
+        1 + total
+    )
+
+
+@compiled(error_model="numpy")
 def _score_by_rule(q, keys, scales, i, g, page, tile):
     """The block's score as api.py defines it; tile: scratch."""
     _, block_size, dim = keys.shape
     width = round_up(block_size)
-    flat = keys.reshape(-1)
-    wide = np.empty(block_size * dim if len(scales) else 0, np.uint16)
-    rows, first = _rows_of(flat, page * block_size * dim, wide, block_size * dim)
-    transpose(tile, 0, width, rows, first, dim, block_size, dim)
+    _widened(tile, width, keys, page)
     query, scores = np.empty(dim, np.float32), dim * width
     for d in range(dim):
         query[d] = widen(q[i, g, d])
@@ -265,3 +203,25 @@ def _score_by_rule(q, keys, scales, i, g, page, tile):
         for t in range(block_size):
             tile[scores + t] *= scales[page, t]
     return largest(tile[scores : scores + block_size])
+
+
+def _widened(tile, width, keys, page) -> Any:
+    """tile[d * width + t] = keys[page, t, d] in fp32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_widened)
+def _either_widened(tile, width, keys, page):
+    return _codes_widened if keys.dtype == types.int8 else _bf16_widened
+
+
+def _bf16_widened(tile, width, keys, page):
+    _, block_size, dim = keys.shape
+    transpose(tile, 0, width, keys.reshape(-1), page * block_size * dim, dim, block_size, dim)
+
+
+def _codes_widened(tile, width, keys, page):
+    _, block_size, dim = keys.shape
+    rows = np.empty(block_size * dim, np.uint16)
+    widen_codes(rows, 0, keys.reshape(-1), page * block_size * dim, block_size * dim)
+    transpose(tile, 0, width, rows, 0, dim, block_size, dim)

@@ -18,7 +18,7 @@ from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, raw_array
 from longforge.kernels.tiles.engine import TILE_ENGINE
 from longforge.kernels.tiles.forms import narrow, panel_of_columns, panels_of_known_rows
-from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
+from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles, tile_product
 from longforge.kernels.tiles.softmax import multiply_rows, online_softmax
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
 from longforge.kernels.vector_code import transpose
@@ -58,7 +58,7 @@ def attend(
     with parallel_region(2 * q.numel() * pairs_per_query(blocks, layout)):
         queries = max(1, min(QUERIES, -(-n * groups // (4 * get_num_threads()))))
         _forward(
-            tile_settings(), columns_of(q, groups), raw_array(k_pages), raw_array(v_pages), ids, positions,
+            TILE_SETTINGS, columns_of(q, groups), raw_array(k_pages), raw_array(v_pages), ids, positions,
             paths, table, np.float32(scale * LOG2_E), queries, out.view(torch.uint16).numpy(), lse.numpy(),
         )  # fmt: skip
     return out, lse

@@ -23,7 +23,7 @@ from longforge.kernels.numba_host import (
 )
 from longforge.kernels.tiles.attention import LOG2_E, columns_of, pairs_per_query, transposed_block
 from longforge.kernels.tiles.forms import narrow, panel_of_columns, panels_of_rows
-from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product, tile_settings
+from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles, tile_product
 from longforge.kernels.tiles.softmax import softmax_gradients
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
 from longforge.kernels.vector_code import transpose
@@ -57,7 +57,7 @@ def gradients(
     starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
     with parallel_region(5 * q.numel() * pairs_per_query(blocks, layout)):
         _backward(
-            tile_settings(), columns_of(q, groups), columns_of(d_out.to(q.dtype), groups), raw_array(k_pages),
+            TILE_SETTINGS, columns_of(q, groups), columns_of(d_out.to(q.dtype), groups), raw_array(k_pages),
             raw_array(v_pages), ids, positions, paths, table, np.float32(scale), _lanes(lse * LOG2_E, groups),
             _lanes(delta, groups), starts, d_q.view(torch.uint16).numpy(), d_k.numpy(), d_v.numpy(),
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Which of this processor's instructions multiply bf16 matrices.
+"""Which of this processor's instructions multiply bf16 and int8 matrices.
 
 "amx"     Intel's matrix tiles (Sapphire Rapids and later): 16 x 16 results, 32 products each, an instruction
-"avx512"  vectors of bf16 pairs (AVX512-BF16: Cooper Lake, Zen 4 and later)
+"avx512"  vectors of bf16 pairs and int8 quads (AVX512-BF16 and VNNI: Cooper Lake, Zen 4 and later)
 None      neither, or a numba that was told to compile for another processor: bf16 is widened to fp32
 """
 
@@ -28,9 +28,10 @@ def _best() -> str | None:
     if sys.platform != "linux" or platform.machine() != "x86_64" or config.CPU_NAME or config.CPU_FEATURES:
         return None
     has = binding.get_host_cpu_features()
-    if not (has.get("avx512bf16") and has.get("avx512bw") and has.get("avx512vl")):
+    if not all(has.get(f"avx512{part}") for part in ("bf16", "bw", "vl", "vnni")):
         return None
-    return "amx" if has.get("amx-tile") and has.get("amx-bf16") and _may_use_tiles() else "avx512"
+    tiles = all(has.get(f"amx-{part}") for part in ("tile", "bf16", "int8"))
+    return "amx" if tiles and _may_use_tiles() else "avx512"
 
 
 def _may_use_tiles() -> bool:

@@ -1,6 +1,5 @@
 """Compiled: bf16 matrices brought into the forms that products take (see product.py)."""
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
@@ -17,7 +16,6 @@ from longforge.kernels.tiles.vectors import (
     narrowed,
     number,
     pair,
-    words,
 )
 from longforge.kernels.vector_code import transpose
 

@@ -35,13 +35,13 @@ from longforge.kernels.tiles.vectors import (
     intrinsic,
     number,
     splat,
+    words,
 )
 
-__all__ = ["begin_tiles", "end_tiles", "tile_product", "tile_settings"]
+__all__ = ["TILE_SETTINGS", "begin_tiles", "end_tiles", "tile_product"]
 
 
-def tile_settings() -> np.ndarray:
-    """uint8 [64]: what begin_tiles takes: eight registers of 16 rows of 64 bytes."""
+def _settings() -> np.ndarray:
     settings = np.zeros(64, np.uint8)
     settings[0] = 1
     settings[16:32:2] = 64
@@ -49,9 +49,13 @@ def tile_settings() -> np.ndarray:
     return settings
 
 
+TILE_SETTINGS = _settings()
+"""uint8 [64]: what begin_tiles takes: eight registers of 16 rows of 64 bytes."""
+
+
 @intrinsic
 def begin_tiles(typingctx, settings):
-    """Before the first product on a thread. settings: tile_settings()."""
+    """Before the first product on a thread. settings: TILE_SETTINGS."""
 
     def codegen(context, builder, signature, args):
         if TILE_ENGINE == "amx":
@@ -74,10 +78,13 @@ def end_tiles(typingctx):
     return types.void(), codegen
 
 
-def _amx_tiles(builder, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, panels: int, steps, add):
+def _amx_tiles(
+    builder, codes: bool, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, panels: int, steps, add
+):
     """IR: `tiles` row tiles of the results of `panels` panels; everything in bytes."""
+    kind = "tdpbssd" if codes else "tdpbf16ps"
     load, store, zero, multiply = (
-        f"llvm.x86.{name}" for name in ("tileloadd64", "tilestored64", "tilezero", "tdpbf16ps")
+        f"llvm.x86.{name}" for name in ("tileloadd64", "tilestored64", "tilezero", kind)
     )
     void, register = ir.VoidType(), [ir.Constant(I8, i) for i in range(8)]
     sums = [(i, j, register[i * panels + j]) for i in range(tiles) for j in range(panels)]
@@ -109,24 +116,30 @@ def _amx_tiles(builder, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, pan
         call(builder, store, void, total, result(i, j), c_row)
 
 
-def _avx512_tiles(builder, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, panels: int, steps, add):
-    """The same with vectors: one row of a tile is one register, a pair of the left side goes to all lanes."""
+def _avx512_tiles(
+    builder, codes: bool, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, panels: int, steps, add
+):
+    """The same with vectors: a row of a tile is a register, four bytes of the left side go to all lanes."""
     places = [(r, j) for r in range(COLUMNS // panels) for j in range(panels)]
+    kind, step = (WORDS, _add_quads) if codes else (FLOATS, _add_pairs)
+    nothing = words(0) if codes else floats(0.0)
     with cgutils.for_range(builder, number(tiles * panels)) as part:
         row = builder.mul(part.index, number(COLUMNS // panels))
         to, of = builder.gep(c, [builder.mul(c_row, row)]), builder.gep(a, [builder.mul(a_row, row)])
-        sums = [cgutils.alloca_once(builder, FLOATS) for _ in places]
+        sums = [cgutils.alloca_once(builder, kind) for _ in places]
+        shifts = [cgutils.alloca_once_value(builder, nothing) for _ in range(panels)]
         results = [
             at_address(
-                builder, to, builder.add(builder.mul(c_row, number(r)), builder.mul(c_panel, number(j))),
-                FLOATS,
+                builder, to, builder.add(builder.mul(c_row, number(r)), builder.mul(c_panel, number(j))), kind
             )
             for r, j in places
-        ]  # fmt: skip
+        ]
         for target, total in zip(results, sums, strict=True):
-            builder.store(floats(0.0), total)
+            builder.store(nothing, total)
             with builder.if_then(add):
                 builder.store(builder.load(target, align=4), total)
+        for shift in shifts:
+            builder.store(nothing, shift)
         with cgutils.for_range(builder, builder.mul(steps, number(STEP // 2))) as loop:
             at = builder.mul(loop.index, number(64))
             rights = [
@@ -135,15 +148,35 @@ def _avx512_tiles(builder, tiles: int, c, c_row, c_panel, a, a_row, b, b_panel, 
                 )
                 for j in range(panels)
             ]
+            if codes:  # the left side is read as code + 128, and 128 times the right side is taken off again
+                for right, shift in zip(rights, shifts, strict=True):
+                    step(builder, shift, words(_BIAS), right)
             first = builder.gep(of, [builder.mul(loop.index, number(4))])
             for (r, j), total in zip(places, sums, strict=True):
-                pair = builder.load(at_address(builder, first, builder.mul(a_row, number(r)), I32), align=2)
-                left = builder.bitcast(splat(builder, pair, WORDS), PAIRS)
-                right = builder.bitcast(rights[j], PAIRS)
-                name = "llvm.x86.avx512bf16.dpbf16ps.512"
-                builder.store(call(builder, name, FLOATS, builder.load(total), left, right), total)
-        for target, total in zip(results, sums, strict=True):
-            builder.store(builder.load(total), target, align=4)
+                four = builder.load(at_address(builder, first, builder.mul(a_row, number(r)), I32), align=1)
+                if codes:  # before it goes to all lanes: after that LLVM 22 folds it without end
+                    four = builder.xor(four, ir.Constant(I32, _BIAS))
+                step(builder, total, splat(builder, four, WORDS), rights[j])
+        for (_, j), target, total in zip(places, results, sums, strict=True):
+            value = builder.load(total)
+            if codes:
+                value = builder.sub(value, builder.load(shifts[j]))
+            builder.store(value, target, align=4)
+
+
+_BIAS = -0x7F7F7F80
+"""128 in each byte of a word."""
+
+
+def _add_pairs(builder, total, left, right):
+    left, right = builder.bitcast(left, PAIRS), builder.bitcast(right, PAIRS)
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    builder.store(call(builder, name, FLOATS, builder.load(total), left, right), total)
+
+
+def _add_quads(builder, total, left, right):
+    name = "llvm.x86.avx512.vpdpbusd.512"
+    builder.store(call(builder, name, WORDS, builder.load(total), left, right), total)
 
 
 def _tile_product(panels: int):
@@ -157,6 +190,7 @@ def _tile_product(panels: int):
 
         def codegen(context, builder, signature, args):
             _, c0, c_row, c_panel, _, a0, a_row, _, b0, b_panel, row_tiles, steps, add = args
+            codes = signature.args[0].dtype == types.int32
             bases = [(0, c0), (4, a0), (7, b0)]
             c, a, b = (
                 builder.bitcast(builder.gep(data(context, builder, signature, args, i), [first]), BYTES)
@@ -173,7 +207,7 @@ def _tile_product(panels: int):
                 with cgutils.for_range(builder, builder.sdiv(left, number(tiles))):
                     at = builder.mul(builder.load(done), number(COLUMNS))
                     tiles_of(
-                        builder, tiles, builder.gep(c, [builder.mul(at, c_row)]), c_row, c_panel,
+                        builder, codes, tiles, builder.gep(c, [builder.mul(at, c_row)]), c_row, c_panel,
                         builder.gep(a, [builder.mul(at, a_row)]), a_row, b, b_panel, panels, steps, add,
                     )  # fmt: skip
                     builder.store(builder.add(builder.load(done), number(tiles)), done)
@@ -193,7 +227,8 @@ def tile_product(c, c0, c_row, c_panel, a, a0, a_row, b, b0, b_panel, row_tiles,
 
     c fp32, a rows (uint16, or pairs in uint32), b panels (uint16 or uint32), flat; c0, a0, b0 the first
     elements; c_row and a_row the distances of rows, c_panel and b_panel of the panels, in elements of each
-    array. Between begin_tiles and end_tiles.
+    array. Where c is int32, a and b hold int8, four neighbours of the inner dimension in a word, and a step
+    is 64 products. Between begin_tiles and end_tiles.
     """
     j = np.int64(0)
     while j + 2 <= panels:

@@ -27,10 +27,12 @@ from longforge.kernels.tiles.vectors import (
     pair,
     power_of_two,
     splat,
+    words,
 )
 
 __all__ = [
     "add_row",
+    "code_maxima",
     "column_maxima",
     "divergence_step",
     "greatest_bits",
@@ -39,6 +41,33 @@ __all__ = [
     "online_softmax",
     "softmax_gradients",
 ]
+
+
+@intrinsic
+def code_maxima(typingctx, out, o, high, low, s0, rows, factors, f0, ranges, r0):
+    """out[o + c] = ranges[r0 + c] times the greatest of factors[f0 + r] * (128 high + low)[s0 + 16 r + c]
+    over r < rows, at least 1; high and low int32, the rest fp32, ranges above 0."""
+    n = types.intp
+    sig = types.void(out, n, high, low, n, n, factors, n, ranges, n)
+
+    def codegen(context, builder, signature, args):
+        out, high, low, factors, ranges = (
+            data(context, builder, signature, args, i) for i in (0, 2, 3, 6, 8)
+        )
+
+        def scaled(row):
+            at = builder.add(args[4], builder.mul(row, number(COLUMNS)))
+            upper, lower = (builder.load(at_address(builder, x, at, WORDS), align=4) for x in (high, low))
+            score = builder.sitofp(builder.add(builder.shl(upper, words(7)), lower), FLOATS)
+            factor = builder.load(builder.gep(factors, [builder.add(args[7], row)]))
+            return builder.fmul(score, splat(builder, factor, FLOATS))
+
+        greatest = greatest_row(builder, scaled, args[5])
+        scale = builder.load(at_address(builder, ranges, args[9], FLOATS), align=4)
+        builder.store(builder.fmul(greatest, scale), at_address(builder, out, args[1], FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return sig, codegen
 
 
 @intrinsic
