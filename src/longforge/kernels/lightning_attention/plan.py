@@ -1,4 +1,4 @@
-"""How lightning attention is cut for a GPU: chunks, spans of chunks, tiles. NOTES.md beside this has the counts.
+"""How lightning attention is cut for a GPU: chunks, spans of chunks, tiles. NOTES.md beside this has counts.
 
 A chunk is what one step of a program multiplies; a span is a run of chunks of one path that one program
 walks. The carry from span to span is all that is sequential over a path, so spans are what runs side by side.
@@ -14,8 +14,6 @@ from longforge.kernels.triton_pages import padded
 
 __all__ = ["Spans", "Tiles", "chunk_of_page", "cut", "span_size", "steps_alone", "tiles_of"]
 
-CHUNK = 64
-"""Tokens of a chunk, at most."""
 SPAN = 512
 """Tokens of a span, at most: it writes one state of D * D where its tokens hold 3 * 512 * D numbers."""
 PROGRAMS = 1024
@@ -26,9 +24,14 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Tiles:
-    """One program: columns of the state (and of the values) that it holds."""
+    """One program and its step."""
 
+    tokens: int
+    """Tokens of a chunk, at most."""
     columns: int
+    """Columns of the state, and of the values, that the program holds."""
+    piece: int
+    """Columns of queries and keys that are multiplied in one go."""
     warps: int
     stages: int
 
@@ -51,10 +54,10 @@ def steps_alone(tokens: int, paths: int) -> bool:
     return tokens <= STEPS * paths
 
 
-def chunk_of_page(block_size: int) -> int:
-    """The chunk size where states are written: the largest divisor of the page up to CHUNK, so that chunks
+def chunk_of_page(block_size: int, most: int) -> int:
+    """The chunk size where states are written: the largest divisor of the page up to `most`, so that chunks
     end where pages do."""
-    return max(size for size in range(1, min(block_size, CHUNK) + 1) if block_size % size == 0)
+    return max(size for size in range(1, min(block_size, most) + 1) if block_size % size == 0)
 
 
 def span_size(tokens: int, heads: int, chunk: int) -> int:
@@ -66,10 +69,14 @@ def span_size(tokens: int, heads: int, chunk: int) -> int:
 
 
 def tiles_of(dtype: torch.dtype, dim: int) -> Tiles:
-    """fp32 tiles are twice as large and take three products."""
+    """The largest without spills. fp32 tiles are twice as large and take three products; fp16 multiplies the
+    state as tf32."""
+    dim = padded(dim)
     if dtype == torch.float32:
-        return Tiles(min(padded(dim), 32), warps=4, stages=1)
-    return Tiles(min(padded(dim), 64), warps=4, stages=2)
+        return Tiles(16, 16, max(16, dim // 2), warps=4, stages=1)
+    if dtype == torch.float16:
+        return Tiles(32, min(dim, 64), max(16, dim // 2), warps=4, stages=2)
+    return Tiles(64, min(dim, 64), max(16, dim // 2), warps=8, stages=2)
 
 
 def cut(layout: PackedLayout, size: int) -> Spans:

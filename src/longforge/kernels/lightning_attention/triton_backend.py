@@ -102,12 +102,12 @@ class _LightningAttention(torch.autograd.Function):
         d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
         d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if q.numel():
-            spans, _ = _spans(q, layout, False)
+            spans, chunk = _spans(q, layout, False)
             before = _before(v, k, slopes, layout, spans, tuple(starts) or None, transposed=True)
-            _outputs(d_out, v, k, slopes, layout, spans, before, d_q)
+            _outputs(d_out, v, k, slopes, layout, spans, before, d_q, chunk=chunk)
             for a, b, c, out in ((v, d_out, q, d_k), (k, q, d_out, d_v)):
                 before = _before(b, c, slopes, layout, spans, reverse=True)
-                _outputs(a, b, c, slopes, layout, spans, before, out, reverse=True)
+                _outputs(a, b, c, slopes, layout, spans, before, out, reverse=True, chunk=chunk)
         return d_q, d_k, d_v, None, None, None
 
 
@@ -123,7 +123,9 @@ def _start_rows(layout: PackedLayout) -> Tensor:
 
 def _spans(q: Tensor, layout: PackedLayout, with_states: bool) -> tuple[Spans, int]:
     """How the paths are cut, and the chunk size."""
-    chunk = plan.chunk_of_page(layout.block_size) if with_states else plan.CHUNK
+    chunk = plan.tiles_of(q.dtype, q.shape[2]).tokens
+    if with_states:
+        chunk = plan.chunk_of_page(layout.block_size, chunk)
     return plan.cut(layout, plan.span_size(q.shape[0], q.shape[1], chunk)), chunk
 
 
@@ -151,11 +153,11 @@ def _before(
     first. reverse: paths are read from their end.
     """
     _, heads, dim = k.shape
-    count, sizes = spans.first.shape[0], _sizes(k)
+    count, sizes, tokens = spans.first.shape[0], _sizes(k), plan.tiles_of(k.dtype, dim).tokens
     sums = torch.empty((count, heads, dim, dim), dtype=torch.float32, device=k.device)
     span_sums[(count * heads, sizes["DIM"] // sizes["COLUMNS"])](
         k, v, slopes, layout.paths, spans.first, spans.count, spans.path_span, sums,
-        *k.stride()[:2], *v.stride()[:2], TOKENS=plan.CHUNK, REVERSED=reverse, **sizes,
+        *k.stride()[:2], *v.stride()[:2], TOKENS=tokens, REVERSED=reverse, **sizes,
     )  # fmt: skip
     given, rows = starts or (sums, spans.path_span)
     width = min(CARRY_WIDTH, padded(dim * dim))
@@ -178,16 +180,16 @@ def _outputs(
     *,
     reverse: bool = False,
     states: Tensor | None = None,
-    chunk: int = plan.CHUNK,
+    chunk: int,
 ) -> None:
     """Writes out [N, H, D], contiguous, and with states those after the last token of each page."""
-    sizes = _sizes(q)
+    sizes, piece = _sizes(q), plan.tiles_of(q.dtype, q.shape[2]).piece
     target = before if states is None else states
     span_outputs[(before.shape[0] * q.shape[1], sizes["DIM"] // sizes["COLUMNS"])](
         q, k, v, slopes, layout.positions, layout.slots, spans.first, spans.count, before, out, target,
         q.shape[0], layout.block_size, chunk,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
-        TOKENS=padded(chunk), REVERSED=reverse, WITH_STATES=states is not None, **sizes,
+        TOKENS=padded(chunk), PIECE=piece, REVERSED=reverse, WITH_STATES=states is not None, **sizes,
     )  # fmt: skip
 
 

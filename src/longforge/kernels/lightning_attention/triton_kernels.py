@@ -25,7 +25,7 @@ _LOG2E = tl.constexpr(LOG2E)
 @jit
 def _decay(rate, tokens):
     """exp(-s * tokens) for rate = s * log2(e); 1 for negative ages, which masks take away."""
-    return tl.exp2(-rate * tl.maximum(tokens, 0).to(tl.float32))
+    return tl.exp2(-rate * tl.maximum(tokens, 0))
 
 
 @jit
@@ -174,6 +174,7 @@ def span_outputs(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,  # columns of q and k that are multiplied in one go; DIM or a part of it
     REVERSED: tl.constexpr,
     WITH_STATES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -201,11 +202,22 @@ def span_outputs(
             else:
                 row = (first + at + lane).to(tl.int64)
             live = lane < n
+            scores = tl.zeros([TOKENS, TOKENS], tl.float32)
+            if PIECE < DIM:
+                for d in range(0, DIM, PIECE):
+                    piece = d + tl.arange(0, PIECE)
+                    q = _load_columns(Q + h * q_head, row * q_row, live, piece, D, DIM)
+                    k = _load_columns(K + h * k_head, row * k_row, live, piece, D, DIM)
+                    scores += dot(q, tl.trans(k), PRECISION)
             q = load_rows(Q + h * q_head, row * q_row, live, D, DIM)
             k = load_rows(K + h * k_head, row * k_row, live, D, DIM)
+            if PIECE == DIM:
+                scores = dot(q, tl.trans(k), PRECISION)
             v = _load_columns(V + h * v_head, row * v_row, live, columns, D, DIM)
             age = lane[:, None] - lane[None, :]
-            weights = tl.where(age >= 0, dot(q, tl.trans(k), PRECISION) * _decay(rate, age), 0.0)
+            # n is never 0: a rate that depends on it keeps the decays of a chunk from waiting in registers.
+            here = tl.where(n > 0, rate, 0.0)
+            weights = tl.where(age >= 0, scores * _decay(here, age), 0.0)
             out = _through_state(q, state, PRECISION) * _decay(rate, lane + 1)[:, None]
             out += dot(weights.to(v.dtype), v, PRECISION)
             _store_columns(Out, (row * H + h) * D, out, live, columns, D, DIM)
@@ -244,15 +256,15 @@ def steps(
     """The tokens of a path one after the other, in fp32. Grid (P * H, DIM / COLUMNS)."""
     path = tl.program_id(0) // H
     h = tl.program_id(0) % H
-    first = 0
-    end = 0
+    first = tl.zeros([], tl.int32)
+    end = tl.zeros([], tl.int32)
     for at in range(0, tokens, SEARCH):
         place = at + tl.arange(0, SEARCH)
         other = tl.load(Paths + place, mask=place < tokens, other=2**31 - 1)
         first += tl.sum((other < path).to(tl.int32), 0)
         end += tl.sum((other <= path).to(tl.int32), 0)
     if first < end:
-        keep = tl.exp2(-_LOG2E * tl.load(Slopes + h).to(tl.float32))
+        keep = _decay(tl.load(Slopes + h).to(tl.float32) * _LOG2E, 1)
         key = tl.arange(0, DIM)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         state = tl.zeros([DIM, COLUMNS], tl.float32)
@@ -262,8 +274,8 @@ def steps(
                 page = tl.load(Table + path * table_row + (position - 1) // page_size).to(tl.int64)
                 source = States + page * state_row + h * state_head
                 state = _load_columns(source, key * D, key < D, columns, D, DIM)
-        for i in range(first, end):
-            row = i.to(tl.int64)
+        for done in range(0, end - first):
+            row = (first + done).to(tl.int64)
             q = tl.load(Q + row * q_row + h * q_head + key, mask=key < D, other=0.0).to(tl.float32)
             k = tl.load(K + row * k_row + h * k_head + key, mask=key < D, other=0.0).to(tl.float32)
             inside = columns < D

@@ -44,12 +44,16 @@ def specs() -> list[KernelSpec]:
 
 def _all(name: str, shape: Shape) -> list[KernelSpec]:
     tiles = plan.tiles_of(shape.dtype, shape.dim)
-    tiled = {"COLUMNS": tiles.columns, "TOKENS": plan.CHUNK, "PRECISION": precision_of(shape.dtype)}
+    tiled = {
+        "COLUMNS": tiles.columns, "TOKENS": tiles.tokens, "PIECE": tiles.piece,
+        "PRECISION": precision_of(shape.dtype),
+    }  # fmt: skip
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     outputs = {
         "outputs": {"WITH_STATES": False, "REVERSED": False},
         "outputs from the end": {"WITH_STATES": False, "REVERSED": True},
         "outputs and states": {"WITH_STATES": True, "REVERSED": False},
+        "outputs and states, Bk16": {"WITH_STATES": True, "REVERSED": False, "TOKENS": 16},
     }
     return [
         _spec(f"sums, {name}", triton_kernels.span_sums, shape, {**tiled, "REVERSED": False}, launch),
