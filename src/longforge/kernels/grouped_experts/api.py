@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import FLOATS, backend_name, check_same_kind, check_shape
-from longforge.kernels.grouped_experts import cpu, operator, reference
+from longforge.kernels.grouped_experts import cpu, operator, reference, torch_backend
 from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "Activation", "grouped_experts"]
@@ -28,6 +28,8 @@ BACKENDS: dict[str, Callable[..., Any]] = {
     "cpu": cpu.grouped_experts,
     "reference": reference.grouped_experts,
 }
+if hasattr(torch.nn.functional, "grouped_mm"):
+    BACKENDS["torch"] = torch_backend.grouped_experts
 if find_spec("triton") is not None:
     BACKENDS["triton"] = _triton
 

@@ -1,4 +1,4 @@
-"""The pairs (token, choice) sorted by expert on the device they are on, without asking it anything.
+"""What the backends on a GPU share: the pairs (token, choice) sorted by expert, without asking the device.
 
 T = N * k pairs; pair p is choice p % k of token p // k. Every size below follows from shapes.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Order", "Tiles", "most_tiles", "sorted_by_expert", "tiles"]
+__all__ = ["Order", "Tiles", "most_tiles", "product_dtype", "sorted_by_expert", "tiles"]
 
 
 class Order(NamedTuple):
@@ -30,6 +30,14 @@ class Tiles(NamedTuple):
     """int32, first row."""
     count: Tensor
     """int32, number of rows."""
+
+
+def product_dtype(gate_up: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on."""
+    device = gate_up.device.type
+    if torch.is_autocast_enabled(device) and gate_up.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return gate_up.dtype
 
 
 def sorted_by_expert(expert_ids: Tensor, experts: int) -> Order:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.grouped_experts import plan
-from longforge.kernels.grouped_experts.order import Order, Tiles, sorted_by_expert, tiles
+from longforge.kernels.grouped_experts.order import Order, Tiles, product_dtype, sorted_by_expert, tiles
 from longforge.kernels.grouped_experts.plan import Tile
 from longforge.kernels.grouped_experts.triton_kernels import (
     activate_backward,
@@ -27,7 +27,7 @@ from longforge.kernels.grouped_experts.triton_kernels import (
 )
 from longforge.kernels.triton_pages import padded, precision_of
 
-__all__ = ["grouped_experts", "product_dtype"]
+__all__ = ["grouped_experts"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,14 +73,6 @@ def grouped_experts(
     return _forward(*inputs, pair, cut, work, keep=False)[0]
 
 
-def product_dtype(gate_up: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on."""
-    device = gate_up.device.type
-    if torch.is_autocast_enabled(device) and gate_up.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return gate_up.dtype
-
-
 @dataclass(frozen=True)
 class _Work:
     """What all launches of a call have in common."""
@@ -105,23 +97,22 @@ class _Work:
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, weights, order, cut, work):
-        ctx.save_for_backward(x, gate_up, down, weights, *order, *cut)
+        out, hidden = torch.zeros_like(x), None
+        if len(order.pair):
+            out, hidden = _forward(x, gate_up, down, weights, order.pair, cut, work, keep=True)
+        ctx.save_for_backward(x, gate_up, down, weights, hidden, *order, *cut)
         ctx.work = work
-        if not len(order.pair):
-            ctx.hidden = None
-            return torch.zeros_like(x)
-        out, ctx.hidden = _forward(x, gate_up, down, weights, order.pair, cut, work, keep=True)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        x, gate_up, down, weights, pair, starts, *cut = ctx.saved_tensors
-        if ctx.hidden is None:
-            return *(torch.zeros_like(t) for t in (x, gate_up, down, weights)), *[None] * 3
+        x, gate_up, down, weights, hidden, pair, starts, *cut = ctx.saved_tensors
         inputs = x, gate_up, down, weights
+        if hidden is None:
+            return *(torch.zeros_like(t) for t in inputs), *[None] * 3
         grads = _backward(
-            inputs, ctx.hidden, d_out, Order(pair, starts), Tiles(*cut), ctx.work, ctx.needs_input_grad
+            inputs, hidden, d_out, Order(pair, starts), Tiles(*cut), ctx.work, ctx.needs_input_grad
         )
         return *grads, *[None] * 3
 
@@ -212,7 +203,7 @@ def _backward(
     rows = 4
     activate_backward[(-(-pairs // rows),)](
         hidden, active, weights.contiguous(), pair, d_hidden, d_weights, work.alpha, work.limit, pairs,
-        INNER=inner, OAI=work.oai, ROWS=rows, STEP=min(256, padded(inner)), num_warps=4,
+        INNER=inner, OAI=work.oai, ROWS=rows, STEP=min(128, padded(inner)), num_warps=4,
     )  # fmt: skip
     d_x = d_gate_up = d_down = None
     if wanted[2]:

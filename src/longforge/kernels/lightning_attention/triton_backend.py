@@ -29,7 +29,8 @@ Order = Literal["steps", "spans"]
 CARRY_WIDTH = 1024
 """Numbers of a state that one program carries from span to span."""
 STEP_COLUMNS = 32
-"""Columns of a state that one program of `steps` holds."""
+"""Columns of a state that one program of `steps` holds: rows of 128 bytes."""
+STEP_WARPS = 8
 
 
 def lightning_attention(
@@ -211,5 +212,5 @@ def _steps(
         tokens, layout.block_size, table.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
         H=heads, D=dim, DIM=padded(dim), COLUMNS=columns, SEARCH=min(1024, padded(tokens)),
-        WITH_STATES=states is not None, num_warps=4,
+        WITH_STATES=states is not None, num_warps=STEP_WARPS,
     )  # fmt: skip
