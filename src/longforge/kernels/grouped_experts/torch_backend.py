@@ -80,6 +80,6 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> None
     per_row = ALIGNMENT // dtype.itemsize
     if gate_up.shape[2] % per_row or down.shape[2] % per_row:
         raise InputError(
-            f"{name}: d and I multiples of {per_row} expected ({ALIGNMENT} bytes), got {gate_up.shape[2]} and "
-            f"{down.shape[2]}; say backend='triton' or 'cpu'"
+            f"{name}: d and I multiples of {per_row} expected ({ALIGNMENT} bytes), got {gate_up.shape[2]} "
+            f"and {down.shape[2]}; say backend='triton' or 'cpu'"
         )

@@ -122,7 +122,9 @@ def _ranked(expert_ids: Tensor, experts: int, rows: int) -> tuple[Tensor, Tiles]
     ids = expert_ids.contiguous()
     pairs, own, step = ids.numel(), 32, 64
     pair = torch.empty(pairs, dtype=torch.int64, device=ids.device)
-    expert, first, count = torch.empty((3, pairs), dtype=torch.int32, device=ids.device)
+    # Rows of multiples of 16 bytes: one alignment of the pointers, so one compilation for all sizes.
+    room = torch.empty((3, -(-pairs // 4) * 4), dtype=torch.int32, device=ids.device)
+    expert, first, count = room[:, :pairs]
     rank_pairs[(-(-pairs // own),)](
         ids, pair, expert, first, count, pairs, experts, ROWS=rows, OWN=own, STEP=step, num_warps=4
     )

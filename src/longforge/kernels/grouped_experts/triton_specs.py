@@ -87,7 +87,8 @@ def _multiply(name: str, shape: Shape, A: int, B: int, **flags: bool) -> KernelS
 
 def _spec(name: str, kernel: Any, dtype: torch.dtype, tile: Tile | None = None, **given: Any) -> KernelSpec:
     """What the kernel takes and nobody fixed is an index or a pointer to the inputs' dtype."""
-    sizes, launch = {"CHOICES": 8, "PRECISION": precision_of(dtype), **given}, {}
+    sizes: dict[str, Any] = {"CHOICES": 8, "PRECISION": precision_of(dtype), **given}
+    launch: dict[str, Any] = {}
     if tile is not None:
         sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, **sizes}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -31,6 +31,8 @@ CARRY_WIDTH = 1024
 STEP_COLUMNS = 32
 """Columns of a state that one program of `steps` holds: rows of 128 bytes."""
 STEP_WARPS = 8
+SEARCH = 256
+"""Tokens that `steps` looks at in one go for those of its path; one size, so that no batch compiles anew."""
 
 
 def lightning_attention(
@@ -51,6 +53,7 @@ def lightning_attention(
     if states is not None:
         _check_states(states)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    slopes, layout = slopes.contiguous(), _contiguous(layout)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         apply: Any = _LightningAttention.apply
         return apply(q, k, v, slopes, layout, states)
@@ -110,6 +113,13 @@ class _LightningAttention(torch.autograd.Function):
                 before = _before(b, c, slopes, layout, spans, reverse=True)
                 _outputs(a, b, c, slopes, layout, spans, before, out, reverse=True, chunk=chunk)
         return d_q, d_k, d_v, None, None, None
+
+
+def _contiguous(layout: PackedLayout) -> PackedLayout:
+    rows = layout.positions, layout.paths, layout.slots
+    if all(x.is_contiguous() for x in rows):
+        return layout
+    return PackedLayout(*(x.contiguous() for x in rows), layout.page_table, layout.block_size)
 
 
 def _start_rows(layout: PackedLayout) -> Tensor:
@@ -211,6 +221,6 @@ def _steps(
         q, k, v, slopes, layout.positions, layout.paths, layout.slots, table, out, target,
         tokens, layout.block_size, table.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
-        H=heads, D=dim, DIM=padded(dim), COLUMNS=columns, SEARCH=min(1024, padded(tokens)),
+        H=heads, D=dim, DIM=padded(dim), COLUMNS=columns, SEARCH=SEARCH,
         WITH_STATES=states is not None, num_warps=STEP_WARPS,
     )  # fmt: skip

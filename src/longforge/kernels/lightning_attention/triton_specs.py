@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longforge.kernels.lightning_attention import plan, triton_kernels
-from longforge.kernels.lightning_attention.triton_backend import CARRY_WIDTH, STEP_COLUMNS, STEP_WARPS
+from longforge.kernels.lightning_attention.triton_backend import CARRY_WIDTH, SEARCH, STEP_COLUMNS, STEP_WARPS
 from longforge.kernels.triton_build import KernelSpec
 from longforge.kernels.triton_pages import padded, precision_of
 
@@ -67,7 +67,7 @@ def _all(name: str, shape: Shape) -> list[KernelSpec]:
         ),
         _spec(
             f"steps, {name}", triton_kernels.steps, shape,
-            {"COLUMNS": STEP_COLUMNS, "SEARCH": 32, "WITH_STATES": True},
+            {"COLUMNS": STEP_COLUMNS, "SEARCH": SEARCH, "WITH_STATES": True},
             {"num_warps": STEP_WARPS},
         ),
     ]  # fmt: skip
