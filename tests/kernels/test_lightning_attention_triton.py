@@ -217,6 +217,35 @@ def test_paths_without_tokens_and_no_tokens_at_all(order: Any, device: str):
     assert all(x.shape == none.q.shape for x in with_gradients(none))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_spans_are_the_paths_cut_at_multiples_of_their_size(seed: int):
+    """Against a plain loop, for paths that start anywhere, some of them without tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = int(torch.randint(1, 7, (), generator=rng))
+    counts = torch.randint(0, 50, (rows,), generator=rng)
+    counts[seed % rows] += 1
+    starts = torch.randint(0, 40, (rows,), generator=rng)
+    size = int(torch.randint(1, 20, (), generator=rng))
+    paths = torch.repeat_interleave(torch.arange(rows), counts)
+    positions = torch.cat(
+        [s + torch.arange(n) for s, n in zip(starts.tolist(), counts.tolist(), strict=True)]
+    )
+    layout = PackedLayout(positions, paths, positions, torch.zeros(rows, 1, dtype=torch.int32), 4)
+    wanted, first_of_path = [], []
+    for path in range(rows):
+        first_of_path.append(len(wanted))
+        own = torch.nonzero(paths == path).flatten().tolist()
+        for row in own:
+            if row == own[0] or int(positions[row]) % size == 0:
+                wanted.append([row, 0])
+            wanted[-1][1] += 1
+    spans = plan.cut(layout, size)
+    there = spans.count > 0
+    assert torch.stack([spans.first, spans.count], 1)[there].tolist() == wanted
+    assert bool(there[: len(wanted)].all())
+    assert spans.path_span.tolist() == [*first_of_path, len(wanted)]
+
+
 def test_decode_and_drafts_are_steps_and_prefill_is_spans():
     assert plan.steps_alone(tokens=32, paths=32) and plan.steps_alone(tokens=8, paths=1)
     assert not plan.steps_alone(tokens=9, paths=1)

@@ -33,6 +33,9 @@ def for_rows(rows: int, results: int, summed: int, width: int, dtype: torch.dtyp
     """Tiles of rows times a weight [summed, width]; results: how many products a program has (gate and up:
     2)."""
     step = 16 if dtype == torch.float32 else 64
+    if rows == 16:
+        # Decode reads weights and little else: narrow tiles, so that a few experts are many programs.
+        return Tile(rows, min(64 // results, padded(width)), min(2 * step, padded(summed)), 4, stages=3)
     columns = 64 if dtype == torch.float32 or (results == 2 and rows == 128) else 128
     warps = 8 if rows * columns * results >= 128 * 128 else 4
     return Tile(rows, min(columns, padded(width)), min(step, padded(summed)), warps, stages=3)

@@ -6,6 +6,7 @@ the same recurrence, two of them from the end of each path to its start:
     d_q = LA(d, v, k)        d_k = reversed LA(v, d, q)        d_v = reversed LA(k, q, d)
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -116,10 +117,15 @@ class _LightningAttention(torch.autograd.Function):
 
 
 def _contiguous(layout: PackedLayout) -> PackedLayout:
-    rows = layout.positions, layout.paths, layout.slots
-    if all(x.is_contiguous() for x in rows):
+    """The layout with rows that kernels can count through."""
+    if layout.positions.is_contiguous() and layout.paths.is_contiguous() and layout.slots.is_contiguous():
         return layout
-    return PackedLayout(*(x.contiguous() for x in rows), layout.page_table, layout.block_size)
+    return replace(
+        layout,
+        positions=layout.positions.contiguous(),
+        paths=layout.paths.contiguous(),
+        slots=layout.slots.contiguous(),
+    )
 
 
 def _start_rows(layout: PackedLayout) -> Tensor:
