@@ -17,6 +17,8 @@ from triton_device import DEVICES, build_problems, need
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 """The interpreter computes with numpy, which warns of infinities that masks then take away."""
 each_device = pytest.mark.parametrize("device", DEVICES)
+interpreted = pytest.mark.parametrize("device", ["cpu"])
+"""On a GPU each new shape costs seconds of compilation, so there small cases are few."""
 each_activation = pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 NAMES = ("out", "x", "gate_up", "down", "weights")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -56,7 +58,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
         assert error <= tolerance, f"{name}: error {error:.2e}"
 
 
-@each_device
+@interpreted
 @each_activation
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_output_and_gradients_equal_float64(case: Case, activation: Activation, device: str):
@@ -67,7 +69,7 @@ def test_output_and_gradients_equal_float64(case: Case, activation: Activation, 
     assert_close([run(inputs, activation)], wanted, TOLERANCE[torch.float32])
 
 
-@each_device
+@interpreted
 @each_activation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_within_its_rounding(dtype: torch.dtype, activation: Activation, device: str):
@@ -78,7 +80,7 @@ def test_half_precision_is_within_its_rounding(dtype: torch.dtype, activation: A
     assert_close(got, exact(inputs, activation), TOLERANCE[dtype])
 
 
-@each_device
+@interpreted
 def test_widths_of_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
     need(device)
     monkeypatch.setattr(plan, "for_rows", lambda rows, *_: plan.Tile(rows, 16, 16, 4, 1))
@@ -100,7 +102,7 @@ def test_experts_without_tokens_are_never_read_and_get_zero_gradients(device: st
     assert not d_gate_up[unused].any() and not d_down[unused].any()
 
 
-@each_device
+@interpreted
 def test_all_tokens_may_choose_one_expert_even_twice(device: str):
     need(device)
     x, gate_up, down, ids, weights = given(CASES[2], device)
@@ -168,7 +170,7 @@ def test_no_tokens_give_no_rows_and_zero_gradients(device: str):
     assert not d_gate_up.any() and not d_down.any()
 
 
-@each_device
+@interpreted
 @pytest.mark.parametrize("frozen", range(4))
 def test_a_frozen_input_leaves_the_other_gradients_as_they_are(frozen: int, device: str):
     need(device)
@@ -207,9 +209,16 @@ def test_every_kernel_compiles_for_three_gpus_without_spills():
 
 
 @pytest.mark.gpu
-@each_activation
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case, dtype, activation",
+    [
+        (GPU_CASES[0], torch.bfloat16, "swiglu_oai"),
+        (GPU_CASES[0], torch.float32, "silu"),
+        (GPU_CASES[1], torch.bfloat16, "silu"),
+        (GPU_CASES[2], torch.float16, "swiglu_oai"),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 def test_large_shapes_equal_float64(case: Case, dtype: torch.dtype, activation: Activation):
     need("cuda")
     inputs = given(case, "cuda", dtype, spread=1.0)
@@ -228,6 +237,11 @@ def test_decode_asks_the_device_nothing_and_runs_in_a_graph(case: Case):
     need("cuda")
     inputs = given(case, "cuda", torch.bfloat16, spread=1.0)
     wanted = run(inputs, "silu")
+    assert_close(
+        [wanted],
+        [run(tuple(t.double() if t.is_floating_point() else t for t in inputs), "silu", "reference")],
+        TOLERANCE[torch.bfloat16],
+    )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
