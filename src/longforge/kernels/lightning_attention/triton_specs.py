@@ -38,32 +38,18 @@ INDEX = {
 
 
 def specs() -> list[KernelSpec]:
-    """Every kernel of the operation at every shape."""
-    return [spec for name, shape in SHAPES.items() for spec in _all(name, shape)]
+    """Every kernel at the first shape; at the others those that multiply tiles, whose registers follow dtype
+    and width."""
+    first, *others = SHAPES.items()
+    return [*_all(*first), *(spec for name, shape in others for spec in _products(name, shape))]
 
 
 def _all(name: str, shape: Shape) -> list[KernelSpec]:
-    tiles = plan.tiles_of(shape.dtype, shape.dim)
-    tiled = {
-        "COLUMNS": tiles.columns, "TOKENS": tiles.tokens, "PIECE": tiles.piece,
-        "PRECISION": precision_of(shape.dtype),
-    }  # fmt: skip
-    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    outputs = {
-        "outputs": {"WITH_STATES": False, "REVERSED": False},
-        "outputs from the end": {"WITH_STATES": False, "REVERSED": True},
-        "outputs and states": {"WITH_STATES": True, "REVERSED": False},
-        "outputs and states, Bk16": {"WITH_STATES": True, "REVERSED": False, "TOKENS": 16},
-    }
     return [
-        _spec(f"sums, {name}", triton_kernels.span_sums, shape, {**tiled, "REVERSED": False}, launch),
+        *_products(name, shape),
         _spec(
             f"carry, {name}", triton_kernels.carry_spans, shape,
             {"WIDTH": CARRY_WIDTH, "REVERSED": False, "WITH_STARTS": True, "TRANSPOSED": True}, {},
-        ),
-        *(
-            _spec(f"{what}, {name}", triton_kernels.span_outputs, shape, {**tiled, **how}, launch)
-            for what, how in outputs.items()
         ),
         _spec(
             f"steps, {name}", triton_kernels.steps, shape,
@@ -71,6 +57,29 @@ def _all(name: str, shape: Shape) -> list[KernelSpec]:
             {"num_warps": STEP_WARPS},
         ),
     ]  # fmt: skip
+
+
+def _products(name: str, shape: Shape) -> list[KernelSpec]:
+    tiles = plan.tiles_of(shape.dtype, shape.dim)
+    tiled = {
+        "COLUMNS": tiles.columns, "TOKENS": tiles.tokens, "PIECE": tiles.piece, "REVERSED": False,
+        "PRECISION": precision_of(shape.dtype),
+    }  # fmt: skip
+    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    outputs = {
+        "outputs": {**tiled, "WITH_STATES": False},
+        "outputs and states": {**tiled, "WITH_STATES": True},
+    }
+    if shape.dim == 128 and shape.dtype == torch.bfloat16:
+        outputs["outputs from the end"] = {**tiled, "WITH_STATES": False, "REVERSED": True}
+        outputs["outputs and states, Bk16"] = {**tiled, "WITH_STATES": True, "TOKENS": 16}
+    return [
+        _spec(f"sums, {name}", triton_kernels.span_sums, shape, tiled, launch),
+        *(
+            _spec(f"{what}, {name}", triton_kernels.span_outputs, shape, how, launch)
+            for what, how in outputs.items()
+        ),
+    ]
 
 
 def _spec(name: str, kernel: Any, shape: Shape, constants: dict[str, Any], launch: dict[str, Any]):
