@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longforge.errors import InputError
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.grouped_experts import grouped_experts
+from longforge.kernels.grouped_experts.api import BACKENDS as EXPERTS
 from longforge.kernels.grouped_experts.cases import Case as ExpertsCase
 from longforge.kernels.grouped_experts.cases import make_inputs as make_experts
 from longforge.kernels.index_loss import index_loss
@@ -66,12 +67,13 @@ def _warm_up(backend: str) -> tuple[Call, list[Tensor]]:
 
 
 def _lightning(backend: str) -> tuple[Call, list[Tensor]]:
-    i = make_lightning(LightningCase((9, 1, 6), 2, 4, 4))
+    i = make_lightning(LightningCase((19, 1, 6), 2, 4, 4))
     return lambda q, k, v: lightning_attention(q, k, v, i.slopes, i.layout, backend=backend), [i.q, i.k, i.v]
 
 
 def _experts(backend: str) -> tuple[Call, list[Tensor]]:
-    x, gate_up, down, ids, weights = make_experts(ExpertsCase(7, 6, 3, 5, 2, 3))
+    case = ExpertsCase(7, 8, 4, 5, 2, 3) if backend == "torch" else ExpertsCase(7, 6, 3, 5, 2, 3)
+    x, gate_up, down, ids, weights = make_experts(case)
 
     def out(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
         return grouped_experts(x, gate_up, down, ids, weights, activation="swiglu_oai", backend=backend)
@@ -88,6 +90,18 @@ DIFFERENTIABLE = {
     "grouped_experts": _experts,
 }
 each_operation = pytest.mark.parametrize("make", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+FURTHER = [
+    pytest.param(make, name, id=f"{make.__name__.strip('_')}-{name}")
+    for make, name in ((_lightning, "triton"), (_experts, "triton"), (_experts, "torch"))
+    if name in EXPERTS
+]
+"""Backends of single operations; Triton's run under its interpreter."""
+each_further = pytest.mark.parametrize("make, backend", FURTHER)
+
+
+def need(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton_device").need("cpu")
 
 
 def operator_call(make: Callable[[str], tuple[Call, list[Tensor]]], backend: str) -> tuple[Any, tuple]:
@@ -121,6 +135,13 @@ def test_the_operator_keeps_torchs_contract(make: Callable[..., Any], backend: s
     torch.library.opcheck(operator, arguments)
 
 
+@each_further
+def test_the_operators_of_further_backends_keep_it_too(make: Callable[..., Any], backend: str):
+    need(backend)
+    operator, arguments = operator_call(make, backend)
+    torch.library.opcheck(operator, arguments)
+
+
 @each_backend
 def test_the_operators_without_a_gradient_keep_it_too(backend: str):
     inputs, _ = msa_inputs()
@@ -130,16 +151,30 @@ def test_the_operators_without_a_gradient_keep_it_too(backend: str):
 
     operator, arguments = operator_call(lambda _: (select, []), backend)
     torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_the_lightning_operator_that_overwrites_states_keeps_it_too(backend: str):
+    need(backend)
     i = make_lightning(LightningCase((9, 1, 6), 2, 4, 4))
     states = torch.zeros(i.layout.pages, 2, 4, 4)
     step = torch.ops.longforge.lightning_attention_step.default
     torch.library.opcheck(step, (i.q, i.k, i.v, i.slopes, states, *i.layout.parts, backend))
 
 
+@each_further
+def test_further_backends_compile_without_a_break_too(make: Callable[..., Any], backend: str):
+    need(backend)
+    compare_compiled(*make(backend))
+
+
 @each_backend
 @each_operation
 def test_compiled_without_a_break_gives_the_same_values_and_gradients(make: Callable[..., Any], backend: str):
-    call, tensors = make(backend)
+    compare_compiled(*make(backend))
+
+
+def compare_compiled(call: Call, tensors: list[Tensor]) -> None:
     torch._dynamo.reset()
     results = []
     for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):

@@ -9,6 +9,8 @@ from longforge.kernels.grouped_experts import grouped_experts
 from longforge.kernels.grouped_experts.api import BACKENDS, Activation
 from longforge.kernels.grouped_experts.cases import CASES, Case, make_inputs
 
+HERE = [name for name in BACKENDS if name not in ("triton", "torch")]
+"""The others have dtypes and widths that they want, and tests of their own."""
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "swiglu_oai")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """Relative to the largest element: float64 rounding, fp32 sums of up to 50 terms, bf16 products."""
@@ -34,7 +36,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
         assert error <= tolerance, f"{name}: error {error:.2e}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -61,7 +63,7 @@ def test_reference_is_the_formula_written_out_per_token():
     torch.testing.assert_close(got, out, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_an_expert_without_tokens_gets_zero_gradients_even_next_to_nan_weights(backend: str):
     x, gate_up, down, ids, weights = make_inputs(CASES[1])
     unused = sorted(set(range(CASES[1].experts)) - set(ids.flatten().tolist()))
@@ -74,7 +76,7 @@ def test_an_expert_without_tokens_gets_zero_gradients_even_next_to_nan_weights(b
     assert (d_gate_up[unused] == 0).all() and (d_down[unused] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize(
     "gate, up, passes_gate, passes_up",
     [
@@ -100,7 +102,7 @@ def test_clamp_edges_stop_the_gradient_beyond_the_limit_only(
     assert bool(gradient[0, 1, 0] != 0) == passes_up
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_order_of_tokens_and_of_choices_does_not_matter(backend: str):
     x, gate_up, down, ids, weights = make_inputs(CASES[2], torch.float64)
     rng = torch.Generator().manual_seed(3)
@@ -119,7 +121,7 @@ def test_order_of_tokens_and_of_choices_does_not_matter(backend: str):
     torch.testing.assert_close(mixed, plain[tokens], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_the_same_expert_chosen_twice_counts_twice(backend: str):
     x, gate_up, down, _, weights = make_inputs(CASES[1], torch.float64)
     twice = torch.full_like(weights, 2, dtype=torch.int64)
@@ -130,7 +132,7 @@ def test_the_same_expert_chosen_twice_counts_twice(backend: str):
     torch.testing.assert_close(both, once, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_no_tokens_give_no_rows_and_zero_gradients(backend: str):
     x, gate_up, down, ids, weights = make_inputs(CASES[1])
     out, d_x, d_gate_up, d_down, d_weights = with_gradients(
@@ -187,7 +189,7 @@ def test_two_runs_give_the_same_bits():
         ({"down": torch.ones(5, 3, 6)}, "down"),
         ({"x": torch.ones(7, 6, dtype=torch.float64)}, "gate_up like x"),
         ({"activation": "relu"}, "'silu' or 'swiglu_oai' expected, got 'relu'"),
-        ({"backend": "triton"}, "one of cpu, reference expected"),
+        ({"backend": "cuda"}, "backend: one of cpu, reference"),
     ],
 )
 def test_a_wrong_argument_is_named_in_one_line(change: dict, message: str):

@@ -12,7 +12,7 @@ from longforge.kernels.lightning_attention import decay_slopes, lightning_attent
 from longforge.kernels.lightning_attention.api import BACKENDS
 from longforge.kernels.lightning_attention.cases import CASES, Case, Inputs, make_inputs, take
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 NAMES = ("out", "d_q", "d_k", "d_v")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -1,19 +1,37 @@
 """The public door of the grouped expert feed-forward."""
 
-from typing import Literal
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from longforge.errors import InputError
 from longforge.kernels.checks import FLOATS, backend_name, check_same_kind, check_shape
-from longforge.kernels.grouped_experts import cpu, operator, reference
+from longforge.kernels.grouped_experts import cpu, operator, reference, torch_backend
 from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "Activation", "grouped_experts"]
 
 Activation = Literal["silu", "swiglu_oai"]
-BACKENDS = {"cpu": cpu.grouped_experts, "reference": reference.grouped_experts}
+
+
+def _triton(*arguments: Any) -> Any:
+    """Triton is imported with the first call."""
+    from longforge.kernels.grouped_experts import triton_backend
+
+    return triton_backend.grouped_experts(*arguments)
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {
+    "cpu": cpu.grouped_experts,
+    "reference": reference.grouped_experts,
+}
+if hasattr(torch.nn.functional, "grouped_mm"):
+    BACKENDS["torch"] = torch_backend.grouped_experts
+if find_spec("triton") is not None:
+    BACKENDS["triton"] = _triton
 
 
 def _run(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "SPEED_CASES", "Case", "make_inputs"]
+__all__ = ["ALIGNED_CASES", "CASES", "GPU_CASES", "SPEED_CASES", "Case", "make_inputs"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ CASES = (
     Case(7, 6, 3, 5, 2, 3),
     Case(33, 17, 9, 4, 4, 4),
     Case(50, 8, 16, 9, 1, 2),
+)
+ALIGNED_CASES = (
+    Case(1, 8, 16, 1, 1, 1),
+    Case(7, 16, 8, 5, 2, 3),
+    Case(50, 24, 16, 9, 3, 4),
+)
+"""Widths that are multiples of eight, which torch's grouped product wants."""
+GPU_CASES = (
+    Case(4096, 512, 256, 8, 2, 8),
+    Case(700, 768, 384, 64, 8, 40),
+    Case(333, 200, 72, 16, 4, 16),
+    Case(32, 1536, 512, 128, 8, 128),
+    Case(1, 512, 256, 32, 8, 32),
 )
 SPEED_CASES = {
     "training": Case(4096, 192, 192, 8, 2, 8),

@@ -1,5 +1,9 @@
 """The public door of lightning attention."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +21,20 @@ from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "lightning_attention"]
 
-BACKENDS = {"cpu": cpu.lightning_attention, "reference": reference.lightning_attention}
+
+def _triton(*arguments: Any) -> Any:
+    """Triton is imported with the first call."""
+    from longforge.kernels.lightning_attention import triton_backend
+
+    return triton_backend.lightning_attention(*arguments)
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {
+    "cpu": cpu.lightning_attention,
+    "reference": reference.lightning_attention,
+}
+if find_spec("triton") is not None:
+    BACKENDS["triton"] = _triton
 
 
 def _run(

@@ -8,7 +8,7 @@ from torch import Tensor
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.lightning_attention.decay import decay_slopes
 
-__all__ = ["CASES", "SPEED_CASES", "Case", "Inputs", "make_inputs", "take"]
+__all__ = ["CASES", "GPU_CASES", "SMALL_CASES", "SPEED_CASES", "Case", "Inputs", "make_inputs", "take"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,19 @@ CASES = (
     Case((37, 5, 18, 1), 3, 7, 4),
     Case((70, 64, 129), 2, 16, 16),
     Case((150, 3), 4, 5, 256),
+)
+SMALL_CASES = (
+    Case((1,), 1, 16, 16),
+    Case((23, 1, 9), 2, 7, 4),
+    Case((70, 33), 1, 32, 16),
+    Case((17,), 1, 96, 256),
+)
+"""Few programs: Triton's interpreter takes milliseconds for each."""
+GPU_CASES = (
+    Case((2100, 1, 700, 64), 16, 128, 128),
+    Case((1500, 333), 8, 64, 64),
+    Case((900, 513), 4, 96, 48),
+    Case((300,) * 40, 4, 32, 16),
 )
 SPEED_CASES = {
     "training": Case((300, 600, 450, 380, 520, 410, 333, 577, 500, 26), 8, 32, 16),
