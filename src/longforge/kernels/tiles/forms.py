@@ -1,5 +1,6 @@
 """Compiled: bf16 matrices brought into the forms that products take (see product.py)."""
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
@@ -16,6 +17,7 @@ from longforge.kernels.tiles.vectors import (
     narrowed,
     number,
     pair,
+    words,
 )
 from longforge.kernels.vector_code import transpose
 
