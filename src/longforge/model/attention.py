@@ -145,7 +145,7 @@ class LightningAttention(nn.Module):
         heads = F.silu(self.qkv_proj(x)).view(len(x), c.heads, 3 * c.head_dim)
         q, k, v = heads.split(c.head_dim, dim=-1)
         states = None if step.cache is None else step.cache.state[self.layer]
-        slopes = decay_slopes(c.heads, self.depth, len(c.layers)).to(x.device)
+        slopes = decay_slopes(c.heads, self.depth, len(c.layers), x.device)
         out = lightning_attention(q, k, v, slopes, step.layout, states=states, backend=step.backend)
         gate = torch.sigmoid(self.output_gate(x))
         return self.out_proj(gate * self.norm(out.flatten(1)))

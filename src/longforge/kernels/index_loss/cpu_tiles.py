@@ -20,8 +20,9 @@ from longforge.kernels.numba_host import (
     raw_array,
     shares_pages,
 )
-from longforge.kernels.tiles.attention import LOG2_E, columns_of, pairs_per_query
+from longforge.kernels.tiles.attention import columns_of, pairs_per_query
 from longforge.kernels.tiles.attention import fits as attention_fits
+from longforge.kernels.tiles.attention_step import LOG2_E
 from longforge.kernels.tiles.forms import panel_of_columns, panels_of_known_rows, panels_of_rows
 from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles, tile_product
 from longforge.kernels.tiles.softmax import add_row, divergence_step, mean_of_powers

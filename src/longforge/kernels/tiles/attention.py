@@ -16,17 +16,14 @@ from torch import Tensor
 from longforge.kernels.block_visits import block_visits, chosen_blocks, written
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, raw_array
+from longforge.kernels.tiles.attention_in_spans import attend_in_spans, few_queries
+from longforge.kernels.tiles.attention_step import LOG2_E, finish, fresh_sums, scratch_of, visit_block
 from longforge.kernels.tiles.engine import TILE_ENGINE
-from longforge.kernels.tiles.forms import narrow, panel_of_columns, panels_of_known_rows
-from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles, tile_product
-from longforge.kernels.tiles.softmax import multiply_rows, online_softmax
+from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
-from longforge.kernels.vector_code import transpose
 
-__all__ = ["LOG2_E", "attend", "columns_of", "fits", "pairs_per_query", "transposed_block"]
+__all__ = ["attend", "columns_of", "fits", "pairs_per_query"]
 
-f32 = np.float32
-LOG2_E = 1.4426950408889634
 QUERIES = 256
 """Most queries of a unit: their sums, 8 KiB each at D = 128, should stay in the second cache."""
 
@@ -55,11 +52,19 @@ def attend(
     positions, paths, table = layout_arrays(layout)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(n, heads)
     ids = chosen_blocks(blocks)
+    columns, k, v = columns_of(q, groups), raw_array(k_pages), raw_array(v_pages)
+    factor = np.float32(scale * LOG2_E)
     with parallel_region(2 * q.numel() * pairs_per_query(blocks, layout)):
+        if blocks is None and few_queries(paths):
+            attend_in_spans(
+                TILE_SETTINGS, columns, k, v, positions, paths, table, factor, out.view(torch.uint16).numpy(),
+                lse.numpy(),
+            )  # fmt: skip
+            return out, lse
         queries = max(1, min(QUERIES, -(-n * groups // (4 * get_num_threads()))))
         _forward(
-            TILE_SETTINGS, columns_of(q, groups), raw_array(k_pages), raw_array(v_pages), ids, positions,
-            paths, table, np.float32(scale * LOG2_E), queries, out.view(torch.uint16).numpy(), lse.numpy(),
+            TILE_SETTINGS, columns, k, v, ids, positions, paths, table, factor, queries,
+            out.view(torch.uint16).numpy(), lse.numpy(),
         )  # fmt: skip
     return out, lse
 
@@ -87,84 +92,20 @@ def _forward(settings, q, k, v, blocks, positions, paths, table, scale, queries,
 
 @compiled(error_model="numpy")
 def _forward_unit(settings, q, k, v, blocks, positions, paths, table, scale, g, begin, end, out, lse):
-    dim, block_size = q.shape[3], k.shape[1]
-    row = k.shape[2] * dim
-    flat_q, flat_k = q.reshape(-1).view(np.uint32), k.reshape(-1)
-    sums = np.zeros((end - begin) * dim * COLUMNS, np.float32)
-    state = np.zeros((end - begin) * 3 * COLUMNS, np.float32)
-    for i in range(end - begin):
-        state[i * 3 * COLUMNS : (i * 3 + 1) * COLUMNS] = -np.inf
-    panel, tile, size = dim // 2 * COLUMNS, dim * COLUMNS, block_size * COLUMNS
-    heads = np.empty(2 * panel, np.uint32)
-    scores, shares = np.empty(2 * size, np.float32), np.empty(size, np.uint32)
-    values = np.empty(dim * block_size // 2, np.uint32)
-    pairs = np.empty(dim * block_size // 2, np.uint32)
+    dim, block_size, groups = q.shape[3], k.shape[1], k.shape[2]
+    sums, state = fresh_sums(end - begin, dim)
+    scratch = scratch_of(dim, block_size)
     starts, queries = block_visits(blocks, positions, block_size, g, begin, end, table.shape[1])
     begin_tiles(settings)
     for b in range(table.shape[1]):
-        page, at, same = np.int64(-1), starts[b], starts[b]
+        at = starts[b]
         while at < starts[b + 1]:
-            i = queries[at]
-            if at == same:
-                page = np.int64(table[paths[i], b])
-                same, known = written(queries, at, starts[b + 1], positions, paths, table, b, block_size)
-                transposed_block(values, pairs, v, page, g, known)
-            j, both = i, 1
-            if at + 1 < same:
-                j, both = queries[at + 1], 2
-            for x in range(both):
-                first = (queries[at + x] * q.shape[1] + g) * panel
-                panel_of_columns(heads, x * panel, flat_q, first, dim // 2, dim)
-            # Positions ascend inside a path, but two paths may share the page.
-            furthest = max(positions[i], positions[queries[at + both - 1]])
-            steps = (min(block_size, furthest - b * block_size + 1) + STEP - 1) // STEP
-            first = (page * block_size * k.shape[2] + g) * dim
-            tile_product(
-                scores, 0, COLUMNS, size, flat_k, first, row, heads, 0, panel, 2 * steps, both, dim // STEP,
-                False,
+            page = np.int64(table[paths[queries[at]], b])
+            same, known = written(queries, at, starts[b + 1], positions, paths, table, b, block_size)
+            visit_block(
+                q, k, v, positions, b, page, g, queries[at:same], known, scale, begin, 1, 0, sums, state,
+                scratch,
             )  # fmt: skip
-            for x in range(both):
-                seen = min(block_size, positions[queries[at + x]] - b * block_size + 1)
-                mine = (queries[at + x] - begin) * 3 * COLUMNS
-                if online_softmax(
-                    scores, x * size, seen, steps * STEP, scale, state, mine, shares, x * size // 2
-                ):
-                    multiply_rows(sums, (queries[at + x] - begin) * tile, dim, state, mine + 2 * COLUMNS)
-            tile_product(
-                sums, (i - begin) * tile, COLUMNS, (j - i) * tile, values, 0, block_size // 2, shares, 0,
-                size // 2, dim // COLUMNS, both, steps, True,
-            )  # fmt: skip
-            at += both
+            at = same
     end_tiles()
-    _finish(sums, state, g, k.shape[2], begin, end, out, lse)
-
-
-@compiled(error_model="numpy")
-def transposed_block(out, pairs, pages, page, g, known):
-    """out, bf16 [D, Bk] in uint32: pages[page, :, g] transposed, zeros from row `known` on. pairs: scratch
-    of the same size."""
-    _, block_size, groups, dim = pages.shape
-    half, first = block_size // 2, (page * block_size * groups + g) * dim
-    panels_of_known_rows(
-        pairs, 0, half * COLUMNS, pages.reshape(-1), first, groups * dim, block_size, known, dim
-    )
-    for j in range(dim // COLUMNS):
-        transpose(out, j * COLUMNS * half, half, pairs, j * half * COLUMNS, COLUMNS, half, COLUMNS)
-
-
-@compiled(error_model="numpy")
-def _finish(sums, state, g, groups, begin, end, out, lse):
-    """out = sums over the state's sum, heads first; lse."""
-    _, heads, dim = out.shape
-    per_group = heads // groups
-    flat_out = out.reshape(-1)
-    rows = np.empty(COLUMNS * dim, np.float32)
-    for i in range(begin, end):
-        mine = (i - begin) * 3 * COLUMNS
-        for c in range(COLUMNS):
-            state[mine + 2 * COLUMNS + c] = np.float32(1) / state[mine + COLUMNS + c]
-        multiply_rows(sums, (i - begin) * dim * COLUMNS, dim, state, mine + 2 * COLUMNS)
-        transpose(rows, 0, dim, sums, (i - begin) * dim * COLUMNS, COLUMNS, dim, COLUMNS)
-        for h in range(per_group):
-            narrow(flat_out, (i * heads + g * per_group + h) * dim, rows, h * dim, dim)
-            lse[i, g * per_group + h] = state[mine + h] / f32(LOG2_E) + np.log(state[mine + COLUMNS + h])
+    finish(sums, state, g, groups, begin, end, 1, 0, out, lse)
