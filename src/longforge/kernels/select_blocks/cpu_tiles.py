@@ -28,6 +28,10 @@ from longforge.kernels.vector_code import largest, product_in_order, round_up, t
 
 __all__ = ["certified_select_blocks", "fits", "select_blocks"]
 
+OVERFLOW = 2.0**126
+"""Sums below it, with their rounding, do not overflow in fp32."""
+LARGE = 2.0**90
+"""Neither do whole numbers of a query in levels times a scale below it."""
 QUERIES = 64
 """Most queries of one path that a block's keys are read for at once."""
 SCRATCH = 1 << 23
@@ -175,15 +179,18 @@ def _rank_query(maxima, radii, reach, q, keys, scales, positions, paths, table, 
 
 @compiled(error_model="numpy")
 def _bound(q, greatest, radius, reach):
-    """Twice the greatest distance of a scanned score from the rule's, see _reach."""
+    """Twice the greatest distance of a scanned score from the rule's, see _reach; infinite where sums might
+    overflow, or a query has no levels."""
     total, squares, top = 0.0, 0.0, 0.0
     for bits in q:
         x = abs(np.float64(widen(bits)))
         total += x
         squares += x * x
         top = max(top, x)
-    # Subnormal numbers count as 0 in the scan: far less than the last term.
+    if not (total * greatest < OVERFLOW and greatest < LARGE and (top == 0 or top > 1 / LARGE)):
+        return np.inf
     rounding = greatest * (reach[0] * total + reach[1] * top)
+    # Tiles take numbers below 2^-126 as zeros: far less than the last term.
     return (rounding + radius * reach[2] * np.sqrt(squares)) * (1 + 1e-6) + 1e-30 * (1 + greatest) * (
         1 + total
     )

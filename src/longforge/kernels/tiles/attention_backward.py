@@ -109,11 +109,11 @@ def _segment(
             d_values[:] = 0
             while at < same:
                 count = min(BATCH, same - at)
-                for x in range(count):
-                    i = queries[at + x]
+                for x in range(0, count, 2):
                     _visit(
-                        q, d_out, k, v, keys, page, positions[i] - b * block_size + 1, scale, lse, delta, g,
-                        i, begin, x, shares, d_scores, right_q, right_d_out, d_queries,
+                        q, d_out, k, v, keys, page, b, positions, scale, lse, delta, g,
+                        queries[at + x : at + min(x + 2, count)], begin, x, shares, d_scores, right_q,
+                        right_d_out, d_queries,
                     )  # fmt: skip
                 at += count
                 _add_batch(count, shares, right_d_out, d_values, block_size, dim)
@@ -126,36 +126,38 @@ def _segment(
 
 @compiled(error_model="numpy")
 def _visit(
-    q, d_out, k, v, keys, page, visible, scale, lse, delta, g, i, begin, place, shares, d_scores, right_q,
-    right_d_out, d_queries,
+    q, d_out, k, v, keys, page, b, positions, scale, lse, delta, g, queries, begin, place, shares, d_scores,
+    right_q, right_d_out, d_queries,
 ):  # fmt: skip
-    """One query at one block: its place in the batch is filled, and its own gradient grows."""
+    """One or two queries at one block: their places in the batch are filled, and their own gradients grow."""
     _, block_size, groups, dim = k.shape
-    size, row = block_size * COLUMNS, BATCH * COLUMNS
-    scores, d_shares = np.empty((2, size), np.float32)
-    panel, steps = np.empty(max(dim, block_size) // 2 * COLUMNS, np.uint32), dim // STEP
-    lanes = (i * groups + g) * COLUMNS
-    first = (page * block_size * groups + g) * dim
-    tiles = block_size // COLUMNS
-    panel_of_columns(panel, 0, q.reshape(-1).view(np.uint32), lanes * dim // 2, dim // 2, dim)
+    both, size, row = len(queries), block_size * COLUMNS, BATCH * COLUMNS
+    scores, d_shares = np.empty((2, 2 * size), np.float32)
+    panel, tiles, steps = max(dim, block_size) // 2 * COLUMNS, block_size // COLUMNS, dim // STEP
+    panels, first = np.empty(2 * panel, np.uint32), (page * block_size * groups + g) * dim
+    for matrix, rows, out in ((q, k, scores), (d_out, v, d_shares)):
+        for x in range(both):
+            at = (queries[x] * groups + g) * COLUMNS * dim // 2
+            panel_of_columns(panels, x * panel, matrix.reshape(-1).view(np.uint32), at, dim // 2, dim)
+        tile_product(
+            out, 0, COLUMNS, size, rows.reshape(-1), first, groups * dim, panels, 0, panel, tiles, both,
+            steps, False,
+        )  # fmt: skip
+    for x in range(both):
+        lanes, seen = (queries[x] * groups + g) * COLUMNS, positions[queries[x]] - b * block_size + 1
+        softmax_gradients(
+            scores, d_shares, x * size, min(block_size, seen), block_size, scale * np.float32(LOG2_E),
+            lse.reshape(-1), delta.reshape(-1), lanes, shares, d_scores, (place + x) * COLUMNS, row, panels,
+            x * panel,
+        )  # fmt: skip
+        to = (place + x) * COLUMNS // 2 * COLUMNS
+        panels_of_rows(right_q, to, row // 2 * COLUMNS, q.reshape(-1), lanes * dim, dim, COLUMNS, dim)
+        panels_of_rows(right_d_out, to, row // 2 * COLUMNS, d_out.reshape(-1), lanes * dim, dim, COLUMNS, dim)
+    own, other = (queries[0] - begin) * dim * COLUMNS, (queries[both - 1] - begin) * dim * COLUMNS
     tile_product(
-        scores, 0, COLUMNS, size, k.reshape(-1), first, groups * dim, panel, 0, 0, tiles, 1, steps, False
-    )
-    panel_of_columns(panel, 0, d_out.reshape(-1).view(np.uint32), lanes * dim // 2, dim // 2, dim)
-    tile_product(
-        d_shares, 0, COLUMNS, size, v.reshape(-1), first, groups * dim, panel, 0, 0, tiles, 1, steps, False
-    )
-    softmax_gradients(
-        scores, d_shares, 0, min(block_size, visible), block_size, scale * np.float32(LOG2_E),
-        lse.reshape(-1), delta.reshape(-1), lanes, shares, d_scores, place * COLUMNS, row, panel, 0,
+        d_queries, own, COLUMNS, other - own, keys, 0, block_size // 2, panels, 0, panel, dim // COLUMNS,
+        both, block_size // STEP, True,
     )  # fmt: skip
-    tile_product(
-        d_queries, (i - begin) * dim * COLUMNS, COLUMNS, 0, keys, 0, block_size // 2, panel, 0, 0,
-        dim // COLUMNS, 1, block_size // STEP, True,
-    )  # fmt: skip
-    to = place * COLUMNS // 2 * COLUMNS
-    panels_of_rows(right_q, to, row // 2 * COLUMNS, q.reshape(-1), lanes * dim, dim, COLUMNS, dim)
-    panels_of_rows(right_d_out, to, row // 2 * COLUMNS, d_out.reshape(-1), lanes * dim, dim, COLUMNS, dim)
 
 
 @compiled(error_model="numpy")
