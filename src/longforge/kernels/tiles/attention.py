@@ -51,6 +51,8 @@ def attend(
     groups = k_pages.shape[2]
     positions, paths, table = layout_arrays(layout)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(n, heads)
+    if n == 0:
+        return out, lse
     ids = chosen_blocks(blocks)
     columns, k, v = columns_of(q, groups), raw_array(k_pages), raw_array(v_pages)
     factor = np.float32(scale * LOG2_E)
