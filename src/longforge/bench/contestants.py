@@ -79,23 +79,26 @@ def _training_parts(i: Inputs, selection: Select, blocks: Tensor) -> dict[str, S
     )
     cotangent = torch.randn_like(i.q)
 
-    def attend(chosen: Tensor) -> Tensor:
-        return sparse_attention(q, k, v, chosen, i.layout)[0]
+    def attend(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return sparse_attention(q, k, v, chosen, i.layout)
 
-    def loss(chosen: Tensor) -> Tensor:
-        return index_loss(index_q, index_k, q, k, chosen, i.layout)
+    def loss(chosen: Tensor, lse: Tensor) -> Tensor:
+        return index_loss(index_q, index_k, q, k, chosen, i.layout, lse=lse)
+
+    sums = attend(blocks)[1]
 
     def whole() -> object:
         chosen = selection()
-        out, divergence = attend(chosen), loss(chosen)
+        out, lse = attend(chosen)
+        divergence = loss(chosen, lse)
         return torch.autograd.grad(
             (out, divergence), (q, k, v, index_q, index_k), (cotangent, torch.ones_like(divergence))
         )
 
     return {
         "whole": whole,
-        "attention": lambda: torch.autograd.grad(attend(blocks), (q, k, v), cotangent),
-        "index loss": lambda: torch.autograd.grad(loss(blocks), (index_q, index_k)),
+        "attention": lambda: torch.autograd.grad(attend(blocks)[0], (q, k, v), cotangent),
+        "index loss": lambda: torch.autograd.grad(loss(blocks, sums), (index_q, index_k)),
     }
 
 

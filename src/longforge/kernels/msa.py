@@ -95,7 +95,7 @@ def msa_attention(
     if index_loss:
         loss = loss_of_index(
             index_q, index_k_pages, q, k_pages, blocks, layout,
-            scale=scale, index_scale=index_scale, weights=weights, backend=backend,
+            scale=scale, index_scale=index_scale, weights=weights, lse=lse, backend=backend,
         )  # fmt: skip
     return MsaOutput(out, lse, blocks, loss)
 

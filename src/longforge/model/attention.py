@@ -101,10 +101,10 @@ class SparseAttention(DenseAttention):
             step.recalls.append(float(selection_recall(q, k_pages, blocks, layout)))
         if step.phase == "warmup":
             blocks = None
-            out, _ = dense_attention(q, k_pages, v_pages, layout, backend=backend)
+            out, lse = dense_attention(q, k_pages, v_pages, layout, backend=backend)
         else:
             assert blocks is not None
-            out, _ = sparse_attention(q, k_pages, v_pages, blocks, layout, backend=backend)
+            out, lse = sparse_attention(q, k_pages, v_pages, blocks, layout, backend=backend)
         if step.index_loss:
             loss = index_loss(
                 index_q,
@@ -114,6 +114,7 @@ class SparseAttention(DenseAttention):
                 blocks,
                 layout,
                 weights=step.index_weights,
+                lse=lse,
                 backend=backend,
             )
             step.index_losses.append(loss)

@@ -49,13 +49,14 @@ def _run(
     scale: float,
     index_scale: float,
     weights: Tensor,
+    lse: Tensor | None = None,
 ) -> Tensor:
     # On a GPU the check would wait for the device at every step.
     if weights.device.type == "cpu" and weights.numel() and not float(weights.min()) >= 0:
         raise InputError(f"index_loss: weights of at least 0 expected, got {float(weights.min())}")
     with without_autocast(q.device):
         return BACKENDS[backend](
-            index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights
+            index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights, lse
         )
 
 
@@ -73,6 +74,7 @@ def index_loss(
     scale: float | None = None,
     index_scale: float | None = None,
     weights: Tensor | None = None,
+    lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """KL(teacher || student) over the support, averaged over weighted tokens and groups (MSA paper eq. 9-11).
@@ -87,6 +89,8 @@ def index_loss(
     scale          default D ** -0.5    index_scale    default Di ** -0.5
     weights        [N] of at least 0, default 1: how often a token counts. The divisor is sum(weights) * Hkv;
                    with no weight at all the loss is 0.
+    lse            fp32 [N, Hq], what attention over the same q, k_pages, support and scale returned: it saves
+                   a backend that takes it (bf16 on a CPU) from computing it again; the others do not look
     Returns a scalar, fp32 (fp64 for fp64 inputs). torch.autocast changes nothing here. Under torch.compile
     the call is the operator torch.ops.longforge.index_loss; elsewhere it goes straight to the backend (see
     kernels/traced.py).
@@ -108,6 +112,9 @@ def index_loss(
     if blocks is not None:
         check_blocks(name, blocks, q, groups)
     weights = _in_full(weights, q)
+    if lse is not None:
+        check_shape(name, "lse", lse, tuple(q.shape[:2]), "[N, Hq]")
+        lse = lse.detach()
     check_strides(name, chosen, index_k_pages=index_k_pages, k_pages=k_pages)
     q, k_pages = q.detach(), k_pages.detach()
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
@@ -115,7 +122,8 @@ def index_loss(
     if is_traced(q):
         tensors = index_q, index_k_pages, q, k_pages, blocks, weights
         return OPERATOR(*tensors, *layout.parts, factor, index_factor, chosen)
-    return _run(chosen, index_q, index_k_pages, q, k_pages, blocks, layout, factor, index_factor, weights)
+    tensors = index_q, index_k_pages, q, k_pages, blocks
+    return _run(chosen, *tensors, layout, factor, index_factor, weights, lse)
 
 
 def _in_full(weights: Tensor | None, q: Tensor) -> Tensor:

@@ -40,20 +40,31 @@ def index_loss(
     scale: float,
     index_scale: float,
     weights: Tensor,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], q [N, Hq, D], k_pages [S, Bk, Hkv, D] -> scalar. See
     api.py."""
     apply: Any = _IndexLoss.apply
-    return apply(index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights)
+    return apply(index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights, lse)
 
 
 class _IndexLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights):
+    def forward(ctx, index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights, lse):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if cpu_tiles.fits(index_q, q, k_pages):
             loss, d_index_q, d_index_k = cpu_tiles.divergences(
-                index_q, index_k_pages, q, k_pages, blocks, layout, scale, index_scale, weights, wanted
+                index_q,
+                index_k_pages,
+                q,
+                k_pages,
+                blocks,
+                layout,
+                scale,
+                index_scale,
+                weights,
+                lse,
+                wanted,
             )
         else:
             arrays = [wide_array(x) for x in (index_q, index_k_pages, q, k_pages, weights)]
@@ -66,7 +77,7 @@ class _IndexLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
         d_index_q, d_index_k = ctx.saved_tensors
-        return d_loss * d_index_q, d_loss * d_index_k, *[None] * 7
+        return d_loss * d_index_q, d_loss * d_index_k, *[None] * 8
 
 
 def _divergences(arrays, blocks, layout, scale, index_scale, wanted):

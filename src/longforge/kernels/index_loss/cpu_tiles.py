@@ -52,6 +52,7 @@ def divergences(
     scale: float,
     index_scale: float,
     weights: Tensor,
+    lse: Tensor | None,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d_index_q, d_index_k) in fp32; gradients are empty unless wanted."""
@@ -63,12 +64,14 @@ def divergences(
     d_index_k = np.zeros((groups if wanted else 0, *index_k_pages.shape), np.float32)
     values = np.zeros((n, groups), np.float32)
     ids = chosen_blocks(blocks)
+    # In base 2; none where the heads' sums have yet to be computed.
+    sums = np.empty((0, 0), np.float32) if lse is None else (lse.float() * LOG2_E).contiguous().numpy()
     starts = np.array([0, len(paths)]) if shares_pages(table) else path_starts(paths)
     with parallel_region(q.numel() * pairs_per_query(blocks, layout)):
         _all_units(
             TILE_SETTINGS, raw_array(index_q), raw_array(index_k_pages), columns_of(q, groups),
             raw_array(k_pages), heads // groups, ids, positions, paths, table, np.float32(scale * LOG2_E),
-            np.float32(index_scale * LOG2_E), each, starts, values, d_index_q, d_index_k,
+            np.float32(index_scale * LOG2_E), each, sums, starts, values, d_index_q, d_index_k,
         )  # fmt: skip
     loss = (values.astype(np.float64) * each[:, None]).sum() / LOG2_E
     d_k = torch.from_numpy(d_index_k).sum(0) if wanted else torch.empty(0)
@@ -78,7 +81,7 @@ def divergences(
 @compiled(parallel=True, error_model="numpy")
 def _all_units(
     settings, index_q, index_k, q, k, per_group, blocks, positions, paths, table, scale, index_scale, weights,
-    starts, values, d_index_q, d_index_k,
+    head_sums, starts, values, d_index_q, d_index_k,
 ):  # fmt: skip
     groups = k.shape[2]
     for unit in prange((len(starts) - 1) * groups):
@@ -86,21 +89,22 @@ def _all_units(
         for first in range(begin, end, SEGMENT):
             _segment(
                 settings, index_q, index_k, q, k, per_group, blocks, positions, paths, table, scale,
-                index_scale, weights, np.int64(g), np.int64(first), np.int64(min(end, first + SEGMENT)),
-                values, d_index_q, d_index_k,
+                index_scale, weights, head_sums, np.int64(g), np.int64(first),
+                np.int64(min(end, first + SEGMENT)), values, d_index_q, d_index_k,
             )  # fmt: skip
 
 
 @compiled(error_model="numpy")
 def _segment(
     settings, index_q, index_k, q, k, per_group, blocks, positions, paths, table, scale, index_scale, weights,
-    g, begin, end, values, d_index_q, d_index_k,
+    head_sums, g, begin, end, values, d_index_q, d_index_k,
 ):  # fmt: skip
     starts, queries = block_visits(blocks, positions, k.shape[1], g, begin, end, table.shape[1])
+    starts, queries = _of_weight(starts, queries, weights)
     begin_tiles(settings)
     sums = _log_sums(
-        index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale, g,
-        begin, end,
+        index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale,
+        head_sums, g, begin, end,
     )  # fmt: skip
     _compare(
         index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale,
@@ -110,15 +114,29 @@ def _segment(
 
 
 @compiled(error_model="numpy")
+def _of_weight(starts, queries, weights):
+    """The visits without those of queries that do not count: they may hold anything."""
+    kept, begins, count = np.empty_like(queries), np.zeros_like(starts), 0
+    for b in range(len(starts) - 1):
+        for i in queries[starts[b] : starts[b + 1]]:
+            if weights[i] != 0:
+                kept[count] = i
+                count += 1
+        begins[b + 1] = count
+    return begins, kept[:count]
+
+
+@compiled(error_model="numpy")
 def _log_sums(
-    index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale, g, begin,
-    end,
+    index_q, index_k, q, k, per_group, starts, queries, positions, paths, table, scale, index_scale,
+    head_sums, g, begin, end,
 ):  # fmt: skip
     """fp32 [queries, G + 1]: log2 of the sum of powers of each head, and of the student."""
     (_, block_size, groups, dim), index_dim, size = k.shape, index_k.shape[2], per_group + 1
     flat_k, flat_index_k = k.reshape(-1), index_k.reshape(-1)
     states = np.zeros((end - begin) * size * 2, np.float32)
     states[::2] = -np.inf
+    known_heads = len(head_sums) > 0
     keys, index_keys, rows, heads, student = _scratch(k, index_k)
     for b in range(table.shape[1]):
         at = starts[b]
@@ -126,7 +144,8 @@ def _log_sums(
             page = np.int64(table[paths[queries[at]], b])
             same, _ = written(queries, at, starts[b + 1], positions, paths, table, b, block_size)
             first, index_first = (page * block_size * groups + g) * dim, page * block_size * index_dim
-            _key_panels(keys, flat_k, first, groups * dim, block_size, dim)
+            if not known_heads:
+                _key_panels(keys, flat_k, first, groups * dim, block_size, dim)
             _key_panels(index_keys, flat_index_k, index_first, index_dim, block_size, index_dim)
             while at < same:
                 batch = queries[at : min(at + BATCH, same)]
@@ -135,12 +154,17 @@ def _log_sums(
                 for x in range(len(batch)):
                     i = batch[x]
                     seen = min(block_size, positions[i] - b * block_size + 1)
-                    columns = _head_scores(q, i, g, keys, seen, heads, block_size)
+                    columns = (seen + COLUMNS - 1) // COLUMNS * COLUMNS
                     mine = (i - begin) * size * 2
-                    for h in range(per_group):
-                        add_row(states, mine + 2 * h, heads, h * block_size, seen, columns, scale)
+                    if not known_heads:
+                        _head_scores(q, i, g, keys, seen, heads, block_size)
+                        for h in range(per_group):
+                            add_row(states, mine + 2 * h, heads, h * block_size, seen, columns, scale)
                     add_row(states, mine + 2 * per_group, student, x * block_size, seen, columns, index_scale)
-    return (states[::2] + np.log2(states[1::2])).reshape(end - begin, size)
+    sums = (states[::2] + np.log2(states[1::2])).reshape(end - begin, size)
+    if known_heads:
+        sums[:, :per_group] = head_sums[begin:end, g * per_group : (g + 1) * per_group]
+    return sums
 
 
 @compiled(error_model="numpy")

@@ -19,6 +19,7 @@ def index_loss(
     scale: float,
     index_scale: float,
     weights: Tensor,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """index_q [N, Hkv, Di], index_k_pages [S, Bk, Di], q [N, Hq, D], k_pages [S, Bk, Hkv, D] -> scalar."""
     total = weights.new_zeros(())

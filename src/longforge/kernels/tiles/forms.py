@@ -75,7 +75,8 @@ def panel_of_columns(out, o, a, a0, a_row, inner):
 
 @intrinsic
 def narrow(typingctx, out, o, x, x0, count):
-    """out[o:o + count] = bf16 bits of x[x0:x0 + count], to nearest even; count a multiple of 16."""
+    """out[o:o + count] = bf16 bits of x[x0:x0 + count], to nearest even, subnormal numbers as zeros; count a
+    multiple of 16."""
     n = types.intp
     sig = types.void(out, n, x, n, n)
 

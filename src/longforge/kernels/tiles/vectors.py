@@ -108,8 +108,9 @@ _POWER = (0.0013264728768850862, 0.009671513183108781, 0.055507337444782916, 0.2
 
 
 def power_of_two(builder, x):
-    """2**x for x <= 0, relative error below 2e-7; below 2**-126 it stays there."""
-    x = larger(builder, x, floats(-126.0))
+    """2**x for x <= 0, relative error below 2e-7; below 2**-126 it stays there. NaN stays NaN."""
+    # In this order: what is not above -126 is x, so NaN too.
+    x = larger(builder, floats(-126.0), x)
     # 1.5 * 2**23: adding it rounds to the nearest integer, which then stands in the low mantissa bits.
     shifted = builder.fadd(x, floats(12582912.0))
     r = builder.fsub(x, builder.fsub(shifted, floats(12582912.0)))
@@ -132,8 +133,8 @@ def pair(builder, even, odd):
 
 
 def logarithm_of_two(builder, x):
-    """log2(x) of normal x > 0, absolute error below 2e-7; the part within [sqrt(1/2), sqrt(2)) goes through
-    the series of the inverse hyperbolic tangent."""
+    """log2(x) of normal x > 0, absolute error below 2e-7 before it is rounded; the part within [sqrt(1/2),
+    sqrt(2)) goes through the series of the inverse hyperbolic tangent."""
     bits = builder.bitcast(x, WORDS)
     # sqrt(1/2) as bits: subtracting it makes the exponent step where the part would leave that interval.
     offset = builder.sub(bits, words(0x3F3504F3))
