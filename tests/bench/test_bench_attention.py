@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from longforge.bench import attention as room
+from longforge.bench import contestants
 from longforge.bench.attention import Options, device_of
 from longforge.bench.clock import interleaved
 from longforge.bench.command import attention as command
@@ -23,10 +24,14 @@ from longforge.bench.work import PHASES, Shape, Work, parse_length, parse_phases
 from longforge.cli import main
 from longforge.errors import CheckError, InputError
 from longforge.kernels.dense_attention import dense_attention
+from longforge.kernels.select_blocks import cpu_tiles, select_blocks
+from longforge.kernels.sparse_attention import sparse_attention
 from longforge.kernels.sparse_attention.api import BACKENDS
 
 CPU = torch.device("cpu")
 SMALL = Shape(heads=4, groups=2, dim=8, index_dim=6, block_size=16, top_k=3)
+MSA = "transformers-msa"
+"""The one rival that is not dense; where transformers is not installed it is left out."""
 COLUMNS = {"device", "phase", "length", "dtype", "index_dtype", "rival", "rival_ms", "ms", "speedup", "limit"}
 
 
@@ -100,12 +105,14 @@ def test_phases_are_read_in_their_order_and_others_refused():
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_every_rival_on_this_machine_computes_dense_attention(phase: Any):
+def test_every_dense_rival_on_this_machine_computes_dense_attention(phase: Any):
     work = Work.of(phase, 113, chunk=24)
     inputs = make_inputs(SMALL, work, torch.float32, CPU)
     wanted, _ = dense_attention(inputs.q, inputs.k_pages, inputs.v_pages, inputs.layout, backend="reference")
     ran = []
     for name, build in RIVALS.items():
+        if name == MSA:
+            continue
         try:
             got: Any = build(inputs)()
         except Unusable:
@@ -120,6 +127,59 @@ def test_every_rival_on_this_machine_computes_dense_attention(phase: Any):
             got = got.reshape(shape).permute(2, 0, 1, 3).flatten(1, 2)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert ran == ["sdpa-flash", "sdpa-math", "longforge-dense"]
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("length", [20, 113, 128, 401])
+@pytest.mark.parametrize("top_k", [1, 3, 9])
+def test_transformers_msa_selects_and_attends_as_ours(phase: Any, length: int, top_k: int):
+    pytest.importorskip("transformers", minversion="5.17")
+    inputs = make_inputs(replace(SMALL, top_k=top_k), Work.of(phase, length, 40), torch.float32, CPU)
+    rival: Any = RIVALS[MSA](inputs)
+    blocks = select_blocks(inputs.index_q, inputs.index_k_pages, inputs.layout, top_k, backend="reference")
+    theirs = rival.select()[0].transpose(0, 1).flatten(0, 1).tolist()
+    assert [sorted(b for b in row if b >= 0) for row in theirs] == [
+        [b for b in row if b >= 0] for row in blocks.flatten(0, 1).tolist()
+    ]
+    wanted, _ = sparse_attention(
+        inputs.q, inputs.k_pages, inputs.v_pages, blocks, inputs.layout, backend="reference"
+    )
+    torch.testing.assert_close(rival(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_where_transformers_msa_does_not_run(monkeypatch: pytest.MonkeyPatch):
+    build = RIVALS[MSA]
+    inputs = make_inputs(SMALL, Work.of("prefill", 113, 24), torch.float32, CPU)
+    training = make_inputs(SMALL, Work.of("train", 96, 24), torch.float32, CPU)
+    monkeypatch.setattr(contestants, "version", lambda name: "5.23.0.dev0")
+    with pytest.raises(Unusable, match="gives the index branch no gradient"):
+        build(training)
+    monkeypatch.setitem(contestants.ROOM, "cpu", 1000)
+    with pytest.raises(Unusable, match=r"needs more than 0 GiB for masks, scores or copies"):
+        build(inputs)
+    monkeypatch.setattr(contestants, "version", lambda name: "4.57.1")
+    with pytest.raises(Unusable, match=r"transformers 5.17 or later expected, 4.57.1 found"):
+        build(inputs)
+
+    def missing(name: str) -> str:
+        raise contestants.PackageNotFoundError(name)
+
+    monkeypatch.setattr(contestants, "version", missing)
+    with pytest.raises(Unusable, match="not installed"):
+        build(inputs)
+
+
+@pytest.mark.skipif(cpu_tiles.TILE_ENGINE is None, reason="no tiles of bf16 on this processor")
+def test_certified_int8_selection_is_timed_in_decode_on_a_cpu():
+    shape = Shape(heads=4, groups=2, dim=32, index_dim=128, block_size=128, top_k=3)
+    decode = make_inputs(shape, Work.of("decode", 2000, 24), torch.bfloat16, CPU)
+    kinds = selections(decode)
+    assert [*kinds] == ["bf16", "int8", "int8 certified"] and set(kinds) <= set(contestants.INDEX_BYTES)
+    assert torch.equal(kinds["int8 certified"](), kinds["bf16"]())
+    prefill = make_inputs(shape, Work.of("prefill", 2000, 24), torch.bfloat16, CPU)
+    assert [*selections(prefill)] == ["bf16", "int8"]
+    odd = make_inputs(replace(shape, index_dim=6), Work.of("decode", 300, 24), torch.bfloat16, CPU)
+    assert [*selections(odd)] == ["bf16", "int8"]
 
 
 def test_training_rivals_compute_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +237,7 @@ def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path
         assert row["bandwidth_fraction"] == pytest.approx(row["bytes"] / row["ms"] * 1e3 / 1e10)
         assert row["backend"] == "cpu"
     best = fastest(rows)
-    assert len(best) == 6
+    assert len(best) == 10  # fp32 and int8 index keys, in training fp32 alone
     text = table(rows)
     assert len(text.splitlines()) == 2 + len(best) and "speed-up" in text
     plot(rows, tmp_path / "speed.png")
@@ -234,7 +294,7 @@ def test_a_hopeless_rival_is_named_and_not_timed(
 
     monkeypatch.setitem(RIVALS, "sdpa-math", slow)
     rows = bench_attention(options(phases=("decode",)))
-    assert {row["rival"] for row in rows} == {"sdpa-flash", "longforge-dense"}
+    assert {row["rival"] for row in rows} - {MSA} == {"sdpa-flash", "longforge-dense"}
     told = capsys.readouterr().err
     assert told.count("no sdpa-math (more than 5 times as slow as another rival)") == 1
     assert told.count("no flashinfer (CUDA only)") == 1

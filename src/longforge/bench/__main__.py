@@ -11,7 +11,7 @@ def main() -> None:
     """Runs the benchmark of `sys.argv` and exits: 0 done, 2 a mistake of the user or a failed check."""
     parser = argparse.ArgumentParser(prog="python -m longforge.bench")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("attention", help="MSA against dense attention")
+    verb = verbs.add_parser("attention", help="MSA against dense attention and transformers' MSA")
     for name, value in defaults().items():
         option = f"--{name.replace('_', '-')}"
         if value is False:

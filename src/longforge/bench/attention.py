@@ -1,4 +1,5 @@
-"""`longforge bench attention`: MSA against dense attention, on the same tensors, in one process."""
+"""`longforge bench attention`: MSA against dense attention and transformers' own MSA, on the same
+tensors, in one process."""
 
 import sys
 import time
@@ -184,8 +185,9 @@ class Bench:
                 if seconds[name] < LONG:  # what is compiled the first time may be most of it
                     seconds[name] = sample(step, 1, self.options.device)
                 steps[name] = step
-            except (Unusable, RuntimeError, ValueError, TypeError, ImportError) as error:
-                # The others are what packages and torch itself say where they cannot take a shape or device.
+            except (Unusable, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+                # The others are what packages and torch itself say where they cannot take a shape or device,
+                # or where a package has other functions than the version this was written for.
                 self._leave_out(title, name, str(error).strip().splitlines()[0][:120])
         for name, taken in seconds.items():
             if taken > max(WORTH_SAVING, HOPELESS * min(seconds.values())):
@@ -228,7 +230,9 @@ class Bench:
         """What one comparison says.
 
         Times are medians of one step in milliseconds, `_low` and `_high` quartiles over `rounds`. speedup is
-        rival_ms / ms; limit is what remains of it at the hardware's limit (`Work.limit`). The parts are timed
+        rival_ms / ms; limit is what remains of it against dense attention at the hardware's limit
+        (`Work.limit`). rival_bytes and rival_flops are those of dense attention whatever the rival
+        (transformers-msa computes no less: dense attention under a mask). The parts are timed
         alone; combine_ms, the merging of partial results, is part of attention where a backend has no kernel
         of its own for it, and null then. Fractions are of the bandwidth and matmul rate measured in this run.
         """

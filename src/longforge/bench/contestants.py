@@ -1,4 +1,5 @@
-"""Our path, in parts, and every dense rival that this machine has, each as well as it can be run.
+"""Our path, in parts, and every rival that this machine has, each as well as it can be run: dense attention,
+and transformers' own MSA.
 
 Rivals get the same keys and values with heads first and in order, which suits them best; making that copy is
 not timed. In decode the query heads of a group are folded into query rows: with `enable_gqa` and one row
@@ -6,6 +7,7 @@ torch is many times slower on a CPU and would flatter us.
 """
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,11 +23,22 @@ from longforge.kernels.checks import backend_name
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.dense_attention.api import BACKENDS as DENSE_BACKENDS
 from longforge.kernels.index_loss import index_loss
-from longforge.kernels.select_blocks import certified_select_blocks, lower_precision, select_blocks
+from longforge.kernels.select_blocks import (
+    certified_select_blocks,
+    cpu_tiles,
+    lower_precision,
+    select_blocks,
+)
 from longforge.kernels.select_blocks.api import CODED
 from longforge.kernels.sparse_attention import sparse_attention
 
 __all__ = ["INDEX_BYTES", "RIVALS", "Unusable", "our_parts", "selections"]
+
+
+ROOM = {"cuda": 16 << 30, "cpu": 2 << 30}
+"""Bytes that a rival may take for scores, masks and copies in one step."""
+OLDEST_TRANSFORMERS = (5, 17)
+"""The oldest whose selection and mask have been read and found the same as in the version the tests use."""
 
 
 class Unusable(Exception):
@@ -48,14 +61,15 @@ def selections(i: Inputs) -> dict[str, Select]:
         return kinds
     low = lower_precision(i.index_k_pages, torch.float8_e4m3fn if code == "fp8" else torch.int8)
     kinds[code] = lambda: select_blocks(i.index_q, low.codes, i.layout, top_k, index_k_scales=low.scales)
-    if code == "fp8":
-        kinds["fp8 certified"] = lambda: (
+    # Without tiles, or for the many queries of a chunk, certifying int8 codes on a CPU only costs time.
+    if code == "fp8" or (i.work.phase == "decode" and cpu_tiles.fits(i.index_q, low.codes)):
+        kinds[f"{code} certified"] = lambda: (
             certified_select_blocks(i.index_q, i.index_k_pages, low, i.layout, top_k).blocks
         )
     return kinds
 
 
-INDEX_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1, "fp8 certified": 1}
+INDEX_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1, "fp8 certified": 1, "int8 certified": 1}
 """Bytes of one channel of an index key; of a certified selection, what it reads before it opens a block."""
 
 
@@ -162,9 +176,13 @@ def _room_for_scores(i: Inputs) -> None:
     """The math backend holds all scores, and on a CPU wider copies of keys and values."""
     scores = 8 * i.shape.heads * i.work.queries * i.work.keys
     copies = 8 * i.shape.heads * i.shape.dim * i.work.keys
-    most = (16 if i.device.type == "cuda" else 2) << 30
-    if max(scores, copies) > most:
-        raise Unusable(f"needs more than {most >> 30} GiB for scores or copies")
+    _room(i, max(scores, copies), "scores or copies")
+
+
+def _room(i: Inputs, needed: int, what: str) -> None:
+    most = ROOM[i.device.type]
+    if needed > most:
+        raise Unusable(f"needs more than {most >> 30} GiB for {what}")
 
 
 def _own_dense(i: Inputs) -> Step:
@@ -237,6 +255,31 @@ def _package(i: Inputs, name: str) -> Any:
     return import_module(name)
 
 
+def _transformers_msa(i: Inputs) -> Step:
+    """Selection and attention, forward only: see transformers_path.py for what is timed."""
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        raise Unusable("not installed") from None
+    release = tuple(int(part) for part in found.split(".")[:2])
+    if release < OLDEST_TRANSFORMERS:
+        raise Unusable(f"transformers 5.17 or later expected, {found} found")
+    if i.work.phase == "train":
+        raise Unusable("forward only: it gives the index branch no gradient")
+    shape, work, width = i.shape, i.work, i.q.itemsize
+    pairs = work.queries * work.keys
+    # Three boolean masks and two of the queries' dtype at once for each head, before that two sets of scores.
+    masks = (3 + 2 * width) * shape.heads * pairs
+    scores = 8 * shape.groups * pairs + 4 * shape.index_dim * work.keys
+    # Keys and values are repeated for each head, but for a single query in newer versions.
+    repeated = work.queries > 1 or release < (5, 23)
+    copies = 2 * width * shape.heads * shape.dim * work.keys if repeated else 0
+    _room(i, max(scores, masks + copies), "masks, scores or copies")
+    from longforge.bench.transformers_path import TransformersMsa
+
+    return TransformersMsa(i)
+
+
 RIVALS: dict[str, Callable[[Inputs], Step]] = {
     "sdpa-flash": lambda i: _sdpa(SDPBackend.FLASH_ATTENTION, i),
     "sdpa-cudnn": lambda i: _sdpa(SDPBackend.CUDNN_ATTENTION, i),
@@ -245,5 +288,6 @@ RIVALS: dict[str, Callable[[Inputs], Step]] = {
     "flashinfer": _flash_infer,
     "flash-attn": _flash_attn,
     "longforge-dense": _own_dense,
+    "transformers-msa": _transformers_msa,
 }
 """Name -> what builds its step; a builder raises Unusable."""

@@ -42,6 +42,11 @@ class Inputs:
         """The same values, likewise."""
         return self._by_head(self.v_pages)
 
+    @cached_property
+    def index_k_in_order(self) -> Tensor:
+        """The same index keys: [1, 1, keys, Di], in order."""
+        return self._by_head(self.index_k_pages[:, :, None])
+
     def _by_head(self, pages: Tensor) -> Tensor:
         size, groups, dim = pages.shape[1:]
         table = self.layout.page_table[0].long()

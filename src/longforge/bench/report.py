@@ -86,7 +86,7 @@ def plot(rows: list[Row], path: str | Path) -> None:
     axis.set_xticks(ticks, [f"{t >> 20}M" if t >= 1 << 20 else f"{t / 1024:g}K" for t in ticks])
     axis.set(
         xlabel="context, tokens",
-        ylabel="speed-up over the fastest dense rival",
+        ylabel="speed-up over the fastest rival",
         title=f"{rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['shape']}\n(dashed: limit)",
     )
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")

@@ -56,7 +56,8 @@ def attention(
         ),
     ] = None,
 ) -> None:
-    """MSA against every dense attention that this machine has. The default layer is M3's.
+    """MSA against every dense attention that this machine has, and against transformers' own MSA where it is
+    installed and fits in memory. The default layer is M3's.
 
     Refuses to report while our path differs from the reference. A prefill is measured by one chunk in the
     middle of the context, which costs what its chunks cost on average.
