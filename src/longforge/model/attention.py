@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.index_loss import index_loss, selection_recall
+from longforge.kernels.layout import PackedLayout
 from longforge.kernels.lightning_attention import decay_slopes, lightning_attention
 from longforge.kernels.rotary import rotate
 from longforge.kernels.select_blocks import select_blocks
@@ -18,6 +19,9 @@ from longforge.model.norms import RMSNorm
 from longforge.model.step import Step
 
 __all__ = ["DenseAttention", "LightningAttention", "SparseAttention", "mixer"]
+
+SHORT_PROMPT = 8
+"""Tokens of a path, on average, from which on a batch counts as prompts and not as decoding."""
 
 
 class DenseAttention(nn.Module):
@@ -102,6 +106,8 @@ class SparseAttention(DenseAttention):
         if step.phase == "warmup":
             blocks = None
             out, lse = dense_attention(q, k_pages, v_pages, layout, backend=backend)
+        elif backend in (None, "cpu") and self._all_selected(layout):
+            out, lse = dense_attention(q, k_pages, v_pages, layout, backend=backend)
         else:
             assert blocks is not None
             out, lse = sparse_attention(q, k_pages, v_pages, blocks, layout, backend=backend)
@@ -119,6 +125,14 @@ class SparseAttention(DenseAttention):
             )
             step.index_losses.append(loss)
         return self.o_proj(out.flatten(1))
+
+    def _all_selected(self, layout: PackedLayout) -> bool:
+        """Whether these are prompts so short that each token selects all its blocks: dense attention says the
+        same faster. On a CPU alone: elsewhere the question would wait for the device."""
+        positions = layout.positions
+        if positions.device.type != "cpu" or len(positions) < SHORT_PROMPT * len(layout.page_table):
+            return False
+        return int(positions.max()) < self.config.top_k_blocks * layout.block_size
 
 
 class LightningAttention(nn.Module):
