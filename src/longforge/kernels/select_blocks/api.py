@@ -109,7 +109,9 @@ def select_blocks(
     index dimension. So the choice does not depend on how tokens are packed or chunked, and the backends
     choose the same. Only "triton" adds products of bf16, fp16 and codes in the order of the GPU's matrix
     instruction: there too the choice depends on nothing but query and keys, and it is the reference's
-    wherever scores differ by more than rounding (see triton_backend.py).
+    wherever scores differ by more than rounding (see triton_backend.py). A sum that overflows is an infinite
+    score as any other; of blocks whose score is NaN (infinities of both signs met) or -inf it is not said
+    whether they are taken.
 
     index_q         [N, Hkv, Di]
     index_k_pages   [S, Bk, Di], one key shared by all groups; with index_k_scales codes in float8_e4m3fn or

@@ -83,7 +83,7 @@ def _selected(
         (_raw(scanned), _scales(scanned_scales)),
         (_raw(keys), _scales(scales)),
     )
-    reach = _reach(dim, scanned.dtype == torch.int8)
+    reach = _reach(dim, scanned.dtype)
     radii = np.zeros((2, *table.shape), np.float32)
     if radius is not None:
         radii[1] = radius.float().numpy()[np.maximum(table, 0)]
@@ -101,16 +101,18 @@ def _selected(
     return torch.from_numpy(selected), torch.from_numpy(opened)
 
 
-def _reach(dim: int, codes: bool) -> np.ndarray:
-    """fp64 [3]: with r the greatest |number| of a page's keys and s its radius, twice the distance between a
+def _reach(dim: int, scanned: torch.dtype) -> np.ndarray:
+    """fp64 [4]: with r the greatest |number| of a page's keys and s its radius, twice the distance between a
     scanned score and the rule's is at most
 
         r (reach[0] sum |q| + reach[1] max |q|) + s reach[2] norm(q).
 
     Each of the two sums of Di products is within (Di + 16) 2^-24 of the sum of |q| |k|; a scale costs one
-    rounding more, the comparison another. A query in levels is within half a level of itself.
+    rounding more, the comparison another. A query in levels is within half a level of itself. reach[3] is the
+    greatest code: sums over codes are multiplied by their scale only when they are complete.
     """
-    return np.array([2 * 2 * (dim + 20) * 2.0**-24, codes * dim / LEVELS * (1 + 2**-10), 2 + 2**-20])
+    levels = dim / LEVELS * (1 + 2**-10) if scanned == torch.int8 else 0.0
+    return np.array([2 * 2 * (dim + 20) * 2.0**-24, levels, 2 + 2**-20, CODE_DTYPES.get(scanned, 0.0)])
 
 
 def _raw(keys: Tensor) -> np.ndarray:
@@ -187,7 +189,8 @@ def _bound(q, greatest, radius, reach):
         total += x
         squares += x * x
         top = max(top, x)
-    if not (total * greatest < OVERFLOW and greatest < LARGE and (top == 0 or top > 1 / LARGE)):
+    fits_fp32 = total * max(greatest, reach[3]) < OVERFLOW and greatest < LARGE
+    if not (fits_fp32 and (top == 0 or top > 1 / LARGE)):
         return np.inf
     rounding = greatest * (reach[0] * total + reach[1] * top)
     # Tiles take numbers below 2^-126 as zeros: far less than the last term.

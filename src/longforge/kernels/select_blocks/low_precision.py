@@ -8,7 +8,8 @@ number with
 where both scores are as computed, in fp32 or on tensor cores in any order. By Cauchy-Schwarz the difference
 of the exact scores is at most |q| |key - code * scale|, and an fp32 sum of Di products is within gamma |q|
 |key| of the exact one (Higham, Accuracy and Stability, 3.1). So the bound holds whatever the keys are; it
-needs no assumption on their distribution.
+needs no assumption on their distribution, only that products and sums stay within fp32's normal range (1e-38
+to 3e38). The CPU's scan (cpu_tiles.py) looks after those that do not.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from longforge.errors import InputError
 
-__all__ = ["CODE_DTYPES", "LowPrecisionKeys", "lower_precision"]
+__all__ = ["CODE_DTYPES", "LowPrecisionKeys", "lower_precision", "rounding"]
 
 CODE_DTYPES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Dtypes of codes, and the greatest code."""

@@ -42,7 +42,8 @@ def certified_select_blocks(
         own = path.positions // size
         scanned = visible_maxima(q, low.codes, low.scales, path, size)
         pages = path.key_rows[::size] // size
-        reach = low.radius[pages] * q.float().norm(dim=2, keepdim=True)
+        # fp32 squares of small queries would be zeros.
+        reach = low.radius[pages] * q.double().norm(dim=2, keepdim=True)
         before = torch.arange(scanned.shape[2], device=own.device) < own[:, None, None]
         lower = torch.where(before, scanned - reach, float("-inf"))
         # The K-1-th greatest lower bound. A block of the K-1 best has a score, hence an upper bound, of at
