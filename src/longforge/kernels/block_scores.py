@@ -23,6 +23,9 @@ def transposed(pages: np.ndarray, table: np.ndarray, dtype: np.dtype, reads: int
     few."""
     slots, block_size, groups, dim = pages.shape
     width = (block_size + LANES - 1) // LANES * LANES
+    # A path's pages differ from each other, so the first row alone may show that there are too many.
+    if reads is not None and reads < 2 * np.count_nonzero(table[:1] >= 0):
+        return np.empty(0, dtype), np.empty(0, np.int32)
     used = np.unique(table)
     used = used[used >= 0]
     if reads is not None and reads < 2 * len(used):

@@ -109,6 +109,8 @@ def layout_arrays(layout: PackedLayout) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def path_starts(paths: np.ndarray) -> np.ndarray:
     """int64 [paths with tokens + 1]: where each path's tokens start among the packed ones, and N."""
+    if len(paths) == 1:  # one token, as in decode: not worth four calls of numpy
+        return np.array([0, 1])
     inner = np.flatnonzero(np.diff(paths)) + 1
     return np.concatenate(([0], inner, [len(paths)])).astype(np.int64)
 

@@ -51,7 +51,7 @@ def select_blocks(
     scales = np.empty((0, 0), np.float32)
     if index_k_scales is not None:
         scales = index_k_scales.contiguous().numpy()
-    starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
+    blocks = int(positions.max()) // layout.block_size + 1
     slab = max(QUERIES, SCRATCH // (groups * blocks))
     with parallel_region(q.size * int(positions.max() + 1)):
         for first in range(0, n, slab):
@@ -59,7 +59,7 @@ def select_blocks(
             # Nothing is ranked where every query may have all its blocks.
             maxima = np.empty((last - first, groups, blocks if blocks > top_k else 0), dtype=np.float32)
             if blocks > top_k:
-                chunks = chunks_of(starts, first, last, QUERIES)
+                chunks = chunks_of(path_starts(paths), first, last, QUERIES)
                 _block_maxima(q, keys, scales, positions, paths, table, chunks, first, top_k, maxima)
             _best_blocks(maxima, positions[first:last], layout.block_size, selected[first:last])
     return torch.from_numpy(selected)

@@ -87,7 +87,7 @@ def _selected(
     radii = np.zeros((2, *table.shape), np.float32)
     if radius is not None:
         radii[1] = radius.float().numpy()[np.maximum(table, 0)]
-    starts, blocks = path_starts(paths), int(positions.max()) // layout.block_size + 1
+    blocks = int(positions.max()) // layout.block_size + 1
     slab = max(QUERIES, SCRATCH // (groups * blocks))
     with parallel_region(q.size * int(positions.max() + 1)):
         for first in range(0, n, slab):
@@ -95,7 +95,7 @@ def _selected(
             # Nothing is ranked where every query may have all its blocks.
             maxima = np.empty((last - first, groups, blocks if blocks > top_k else 0), np.float32)
             if blocks > top_k:
-                chunks = chunks_of(starts, first, last, QUERIES)
+                chunks = chunks_of(path_starts(paths), first, last, QUERIES)
                 scan(TILE_SETTINGS, q, *some, positions, paths, table, chunks, first, top_k, radii[0], maxima)
             _rank(maxima, radii, reach, q, *full, positions, paths, table, first, selected, opened)
     return torch.from_numpy(selected), torch.from_numpy(opened)
