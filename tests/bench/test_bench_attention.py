@@ -300,6 +300,18 @@ def test_a_hopeless_rival_is_named_and_not_timed(
     assert told.count("no flashinfer (CUDA only)") == 1
 
 
+def test_a_rival_that_compiles_for_long_is_timed_without_that(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "LONG", 0.2)
+
+    def compiled_first(inputs: Any) -> Any:
+        step, left = RIVALS["sdpa-flash"](inputs), [0.3]
+        return lambda: (left and time.sleep(left.pop()), step())[1]
+
+    monkeypatch.setitem(RIVALS, "sdpa-math", compiled_first)
+    rows = bench_attention(options(phases=("decode",)))
+    assert {row["rival"] for row in rows} - {MSA} == {"sdpa-flash", "sdpa-math", "longforge-dense"}
+
+
 def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(InputError, match="device: cuda or cpu expected, got 'tpu'"):
         device_of("tpu")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.index_loss import cpu_tiles as loss_tiles
 from longforge.kernels.index_loss import index_loss
 from longforge.kernels.layout import PackedLayout, as_pages
@@ -63,13 +64,18 @@ def attention(inputs: Inputs, blocks: Tensor, backend: str = "cpu") -> list[Tens
 
 
 def loss(
-    inputs: Inputs, blocks: Tensor | None, weights: Tensor | None = None, backend: str = "cpu"
+    inputs: Inputs,
+    blocks: Tensor | None,
+    weights: Tensor | None = None,
+    backend: str = "cpu",
+    lse: Tensor | None = None,
 ) -> list[Tensor]:
     """[loss, gradients of index_q and index_k]."""
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.index_q, inputs.index_k)]
     value = index_loss(
-        leaves[0], leaves[1], inputs.q, inputs.k, blocks, inputs.layout, weights=weights, backend=backend
-    )
+        leaves[0], leaves[1], inputs.q, inputs.k, blocks, inputs.layout, weights=weights, lse=lse,
+        backend=backend,
+    )  # fmt: skip
     return [value.detach(), *torch.autograd.grad(3 * value, leaves)]
 
 
@@ -263,6 +269,35 @@ def test_a_slab_of_scores_at_a_time_and_more_blocks_than_a_unit_change_nothing(
         assert torch.equal(select_blocks(inputs.index_q, inputs.index_k, inputs.layout, 5), wanted)
 
 
+def coded_keys(n: int, dim: int, code: torch.dtype) -> tuple[PackedLayout, Tensor, Tensor, Tensor]:
+    """A layout, queries that hardly tell the keys apart, codes, and scales."""
+    rng = torch.Generator().manual_seed(11)
+    layout = PackedLayout.from_lengths([n], 16)
+    q, keys = asked_of_kind("cancelling", n, 2, dim, rng)
+    low = lower_precision(as_pages(keys, layout), code)
+    return layout, q, low.codes, low.scales
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_scales_of_either_sign_are_bounded_by_their_size(code: torch.dtype):
+    layout, q, codes, scales = coded_keys(500, 64, code)
+    for signed in (-scales, scales * (1 - 2 * (torch.arange(16) % 2))):
+        asked = (q, codes, layout, 4)
+        wanted = select_blocks(*asked, index_k_scales=signed, backend="reference")
+        assert torch.equal(select_blocks(*asked, index_k_scales=signed, backend="cpu"), wanted)
+
+
+def test_codes_of_keys_too_long_for_int32_go_another_way():
+    dim = cpu_scan.MOST_CODES + 64
+    layout = PackedLayout.from_lengths([96], 16)
+    q, codes = torch.ones(96, 1, dim, dtype=torch.bfloat16), torch.full((6, 16, dim), 1, dtype=torch.int8)
+    codes[1] = 127  # the best block; its sum is above 2**31
+    scales = torch.ones(6, 16)
+    wanted = select_blocks(q, codes, layout, 2, index_k_scales=scales, backend="reference")
+    assert bool((wanted[32:, 0, 0] == 1).all())
+    assert torch.equal(select_blocks(q, codes, layout, 2, index_k_scales=scales, backend="cpu"), wanted)
+
+
 # Attention and the index loss against float64.
 
 
@@ -301,6 +336,23 @@ def test_index_loss_and_its_gradients_are_float64s(case: Case, warm_up: bool):
     inputs = made(case)
     blocks = None if warm_up else selected(inputs, case.top_k)
     assert_loss_is_float64s(inputs, blocks, some_weights(inputs))
+
+
+@each_support
+@each_case
+def test_the_index_loss_from_attentions_log_sum_exp_is_float64s(case: Case, warm_up: bool):
+    inputs, blocks = made(case), None
+    if warm_up:
+        _, lse = dense_attention(inputs.q, inputs.k, inputs.v, inputs.layout)
+    else:
+        blocks = selected(inputs, case.top_k)
+        _, lse = sparse_attention(inputs.q, inputs.k, inputs.v, blocks, inputs.layout)
+    weights = some_weights(inputs)
+    lse = lse.masked_fill((weights == 0)[:, None], torch.nan)
+    wanted = loss(inputs.to(torch.float64), blocks, weights, "reference")
+    assert_close(("loss", "d_index_q", "d_index_k"), loss(inputs, blocks, weights, lse=lse), wanted)
+    if case.lengths != (1,):  # it is looked at: twice the sums halve the teacher
+        assert abs(float(loss(inputs, blocks, weights, lse=lse + 0.7)[0] - wanted[0])) > 0.1
 
 
 @each_support
@@ -492,3 +544,21 @@ def test_one_token_attends_to_itself():
     torch.testing.assert_close(lse[0], score.float(), rtol=1e-6, atol=1e-6)
     assert not d_v[row, 1:].any()
     assert float(loss(inputs, blocks)[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_torchs_default_dtype_changes_nothing():
+    """Where a model is loaded it often is bf16."""
+    inputs = made(CASES[1])
+    blocks = selected(inputs, 3)
+
+    def results() -> list[Tensor]:
+        dense = dense_attention(inputs.q, inputs.k, inputs.v, inputs.layout)
+        ids = select_blocks(inputs.index_q, inputs.index_k, inputs.layout, 3)
+        return [*attention(inputs, blocks), *loss(inputs, blocks), *dense, ids]
+
+    wanted = results()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert same(results(), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)

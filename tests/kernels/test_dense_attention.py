@@ -11,6 +11,7 @@ from longforge.kernels.dense_attention import dense_attention
 from longforge.kernels.dense_attention.api import BACKENDS
 from longforge.kernels.dense_attention.cases import CASES, WINDOWS, Case, Inputs, make_inputs, take
 from longforge.kernels.layout import PackedLayout
+from longforge.kernels.tiles import attention_in_spans
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -136,6 +137,29 @@ def test_other_paths_and_thread_numbers_do_not_change_a_bit(window: int | None):
         mine = torch.nonzero(mixed.layout.paths == path).flatten()
         alone = attend(take(mixed, mine), window=window)
         assert torch.equal(alone[0], runs[0][0][mine]) and torch.equal(alone[1], runs[0][1][mine])
+
+
+def test_in_bf16_a_path_that_decodes_beside_a_prefill_gets_the_bits_it_gets_alone():
+    """Over more blocks than a unit of few queries reads."""
+    blocks = attention_in_spans.SPAN + 3
+    inputs = make_inputs(Case((32 * blocks, 40), 8, 2, 32, 1, 32, 1), torch.bfloat16)
+    mixed = take(inputs, torch.arange(32 * blocks - 3, 32 * blocks + 40))
+    out, lse = attend(mixed)
+    for path in range(2):
+        mine = torch.nonzero(mixed.layout.paths == path).flatten()
+        alone = attend(take(mixed, mine))
+        assert torch.equal(alone[0], out[mine]) and torch.equal(alone[1], lse[mine])
+
+
+def test_partial_sums_of_a_few_paths_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch):
+    inputs = make_inputs(Case((1500, 70, 1100, 9, 300), 8, 2, 32, 1, 32, 1), torch.bfloat16)
+    ends = torch.tensor([1500, 1570, 2670, 2679, 2979])
+    decode = take(inputs, torch.cat([torch.arange(end - 1 - i, end) for i, end in enumerate(ends.tolist())]))
+    wanted = attend(decode)
+    assert_close(list(wanted), list(attend(decode.to(torch.float64), "reference")), TOLERANCE[torch.bfloat16])
+    for room in (1, 3 * 8 * 32 * 32):
+        monkeypatch.setattr(attention_in_spans, "ROOM", room)
+        assert all(torch.equal(a, b) for a, b in zip(attend(decode), wanted, strict=True))
 
 
 @each_backend

@@ -261,3 +261,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
         loss_of(replace(inputs, index_q=inputs.index_q[:, :2]), None)
     with pytest.raises(InputError, match=r"index_k_pages \[S, Bk, Di\]"):
         loss_of(replace(inputs, index_k=inputs.index_k[1:]), None)
+    with pytest.raises(InputError, match=r"lse in float32 on cpu expected, got torch.int64 on cpu"):
+        lse = torch.zeros(inputs.q.shape[:2], dtype=torch.int64)
+        index_loss(inputs.index_q, inputs.index_k, inputs.q, inputs.k, None, inputs.layout, lse=lse)

@@ -177,6 +177,12 @@ def test_decay_slopes_are_the_formula(heads: int, layers: int):
         assert bool((slopes > 0).all())
 
 
+def test_decay_slopes_of_an_engine_serve_training():
+    with torch.inference_mode():
+        slopes = decay_slopes(5, 1, 9)
+    assert slopes is decay_slopes(5, 1, 9) and not slopes.is_inference()
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_equals_the_module_of_transformers(layer: int):
     """The whole Lightning mixer around our operation against transformers' MiniMax module, same weights."""

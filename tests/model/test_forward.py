@@ -92,6 +92,17 @@ def test_warmup_equals_sparse_when_the_selection_covers_everything(config, model
     torch.testing.assert_close(sparse.index_loss, dense.index_loss, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_prompts_that_select_everything_compile_into_one_graph(config, model):
+    lm = model(config("m3", top_k_blocks=8))
+    ids = torch.randint(0, 61, (30,))
+    spans = PackedLayout.from_lengths([30], 4)
+    compiled = torch.compile(
+        lambda ids: lm.forward_packed(ids, spans).hidden, fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(ids), lm.forward_packed(ids, spans).hidden, rtol=0, atol=1e-5)
+
+
 def test_with_few_blocks_sparse_differs_from_dense_and_recall_says_how_much(config, model):
     ids = torch.randint(0, 61, (60,))
     spans = PackedLayout.from_lengths([40, 20], 4)

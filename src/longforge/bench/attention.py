@@ -30,7 +30,7 @@ EFFICIENCY = 0.3
 HOPELESS = 5
 """A rival this many times as slow as the best is named and not timed, where its steps take WORTH_SAVING."""
 LONG = 5.0
-"""Seconds, taken and expected, from which on a step is not run again only to be warm."""
+"""Seconds from which on a step is not run again only to be warm, where as many are to be expected of it."""
 WORTH_SAVING = 0.1
 """Seconds."""
 
@@ -182,11 +182,10 @@ class Bench:
         for name, build in RIVALS.items():
             try:
                 step = build(inputs)
-                seconds[name] = sample(step, 1, self.options.device)
-                # What is compiled the first time may be most of it.
-                if min(seconds[name], expected) < LONG:
-                    seconds[name] = sample(step, 1, self.options.device)
-                steps[name] = step
+                taken = sample(step, 1, self.options.device)
+                if min(taken, expected) < LONG:  # what is compiled the first time may be most of it
+                    taken = sample(step, 1, self.options.device)
+                steps[name], seconds[name] = step, taken
             except (Unusable, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
                 # The others are what packages and torch itself say where they cannot take a shape or device,
                 # or where a package has other functions than the version this was written for.

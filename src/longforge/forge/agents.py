@@ -66,7 +66,7 @@ class AgentProgram:
                 return AgentReply(None, "failed", f"agent: more than {OUTPUT_LIMIT} bytes of output")
             await process.wait()
         finally:
-            await _end(process)
+            await _end(process, unread=process.stdout)
         return _reply_of_output(output, process.returncode)
 
     async def close(self) -> None:
@@ -169,12 +169,19 @@ async def _converse(process: asyncio.subprocess.Process, line: bytes) -> bytes:
     return output
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kills a child and everything it started."""
+async def _end(process: asyncio.subprocess.Process, unread: asyncio.StreamReader | None = None) -> None:
+    """Kills a child and everything it started.
+
+    unread: its output, where nobody else reads it. A full buffer stops asyncio's reading, and then wait()
+    would wait for the end of a pipe that nobody looks at.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdin is not None:
         process.stdin.close()
+    if unread is not None:
+        while await unread.read(1 << 16):
+            pass
     await process.wait()
 
 

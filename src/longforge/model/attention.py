@@ -14,6 +14,7 @@ from longforge.kernels.lightning_attention import decay_slopes, lightning_attent
 from longforge.kernels.rotary import rotate
 from longforge.kernels.select_blocks import select_blocks
 from longforge.kernels.sparse_attention import sparse_attention
+from longforge.kernels.traced import is_traced
 from longforge.model.config import ModelConfig
 from longforge.model.norms import RMSNorm
 from longforge.model.step import Step
@@ -128,9 +129,12 @@ class SparseAttention(DenseAttention):
 
     def _all_selected(self, layout: PackedLayout) -> bool:
         """Whether these are prompts so short that each token selects all its blocks: dense attention says the
-        same faster. On a CPU alone: elsewhere the question would wait for the device."""
+        same faster. On a CPU alone and outside a compiler: elsewhere the question would wait for the device,
+        or break the graph."""
         positions = layout.positions
-        if positions.device.type != "cpu" or len(positions) < SHORT_PROMPT * len(layout.page_table):
+        if positions.device.type != "cpu" or is_traced(positions):
+            return False
+        if len(positions) < SHORT_PROMPT * len(layout.page_table):
             return False
         return int(positions.max()) < self.config.top_k_blocks * layout.block_size
 

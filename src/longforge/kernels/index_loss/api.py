@@ -114,6 +114,10 @@ def index_loss(
     weights = _in_full(weights, q)
     if lse is not None:
         check_shape(name, "lse", lse, tuple(q.shape[:2]), "[N, Hq]")
+        if not lse.is_floating_point() or lse.device != q.device:
+            raise InputError(
+                f"{name}: lse in float32 on {q.device} expected, got {lse.dtype} on {lse.device}"
+            )
         lse = lse.detach()
     check_strides(name, chosen, index_k_pages=index_k_pages, k_pages=k_pages)
     q, k_pages = q.detach(), k_pages.detach()

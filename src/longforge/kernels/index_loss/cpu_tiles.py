@@ -1,6 +1,6 @@
 """The index loss on the CPU in bf16, on tiles: the value and its gradients by the closed form, as in cpu.py.
 
-Key/value-outer as sparse_attention/cpu_tiles.py, in two passes over a segment's blocks: log-sum-exps of the
+Key/value-outer as ../tiles/attention.py, in two passes over a segment's blocks: log-sum-exps of the
 teacher's heads and of the student, then both distributions again, their divergence and the gradients. Here
 keys are the columns of all products, so that the mean over the teacher's heads is a sum of rows.
 """

@@ -28,5 +28,7 @@ def decay_slopes(heads: int, layer: int, layers: int, device: torch.device | str
 @lru_cache(maxsize=256)
 def _slopes(heads: int, layer: int, layers: int, device: torch.device) -> Tensor:
     """Kept: on a GPU a step would wait for the copy, and could not be captured in a graph."""
-    rate = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
-    return (rate * (1 - layer / (layers - 1 + 1e-5) + 1e-5)).float().to(device)
+    # Outside inference mode, so that a later training step may use the same tensor.
+    with torch.inference_mode(False):
+        rate = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+        return (rate * (1 - layer / (layers - 1 + 1e-5) + 1e-5)).float().to(device)

@@ -16,16 +16,17 @@ from longforge.kernels.tiles.forms import panel_of_columns
 from longforge.kernels.tiles.product import begin_tiles, end_tiles, tile_product
 from longforge.kernels.tiles.softmax import code_maxima, column_maxima, greatest_bits
 from longforge.kernels.tiles.vectors import COLUMNS, STEP
-from longforge.kernels.vector_code import largest, transpose, widen
+from longforge.kernels.vector_code import transpose, widen
 
-__all__ = ["GREATEST_CODE", "LEVELS", "scan"]
+__all__ = ["LEVELS", "MOST_CODES", "scan"]
 
 SPAN = 64
 """Blocks of one unit of parallel work: one decode query over a long path still fills all threads."""
 LEVELS = 127 * 128
 """Greatest whole number that stands for a query's number."""
-GREATEST_CODE = 448
-"""Of int8 codes 127, of FP8 ones 448."""
+MOST_CODES = 1024
+"""Longest keys of codes whose sums int32 holds: 1024 * 128 * LEVELS < 2**31."""
+GREATEST_FP8, GREATEST_INT8 = 448, 128
 f32 = np.float32
 
 
@@ -114,8 +115,17 @@ def _scan_bf16(queries, ranges, panels, keys, scales, page, scores, out, to):
         for x in range(both):
             column_maxima(out, to + (j + x) * COLUMNS, scores, x * score, block_size, factors, 0)
     if len(scales):
-        return f32(GREATEST_CODE) * largest(factors)
+        return f32(GREATEST_FP8) * _greatest(factors)
     return widen(greatest_bits(flat, first, block_size * dim))
+
+
+@compiled(error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
+def _greatest(factors):
+    """The greatest |factor| of a non-empty row."""
+    best = abs(factors[0])
+    for t in range(factors.shape[0]):
+        best = max(best, abs(factors[t]))
+    return best
 
 
 def _prepared_for_codes(rows, panels, keys):
@@ -150,15 +160,7 @@ def _scan_codes(queries, ranges, panels, keys, scales, page, scores, out, to):
             block_size // COLUMNS, 2, dim // (2 * STEP), False,
         )  # fmt: skip
         code_maxima(
-            out,
-            to + j * COLUMNS,
-            scores[:score],
-            scores[score:],
-            0,
-            block_size,
-            factors,
-            0,
-            ranges,
+            out, to + j * COLUMNS, scores[:score], scores[score:], 0, block_size, factors, 0, ranges,
             j * COLUMNS,
-        )
-    return f32(127) * largest(factors)
+        )  # fmt: skip
+    return f32(GREATEST_INT8) * _greatest(factors)

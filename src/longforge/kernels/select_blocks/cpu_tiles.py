@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, path_starts, raw_array
-from longforge.kernels.select_blocks.cpu_scan import LEVELS, scan
+from longforge.kernels.select_blocks.cpu_scan import LEVELS, MOST_CODES, scan
 from longforge.kernels.select_blocks.low_precision import CODE_DTYPES, LowPrecisionKeys
 from longforge.kernels.select_blocks.ranking import chunks_of, insert_best, sort_ids
 from longforge.kernels.tiles.engine import TILE_ENGINE
@@ -39,11 +39,11 @@ SCRATCH = 1 << 23
 
 
 def fits(index_q: Tensor, index_k_pages: Tensor) -> bool:
-    """Whether tiles can scan: bf16 queries, bf16 keys or int8 codes, whole steps."""
+    """Whether tiles can scan: bf16 queries, bf16 keys or codes, whole steps, sums of int8 codes in int32."""
     known = index_q.dtype == torch.bfloat16 and index_k_pages.dtype in (torch.bfloat16, *CODE_DTYPES)
-    step = 2 * STEP if index_k_pages.dtype == torch.int8 else STEP
-    whole = index_q.shape[2] % step == 0 and index_k_pages.shape[1] % COLUMNS == 0
-    return TILE_ENGINE is not None and known and whole
+    codes, dim = index_k_pages.dtype == torch.int8, index_q.shape[2]
+    whole = dim % (2 * STEP if codes else STEP) == 0 and index_k_pages.shape[1] % COLUMNS == 0
+    return TILE_ENGINE is not None and known and whole and not (codes and dim > MOST_CODES)
 
 
 def select_blocks(
@@ -158,7 +158,7 @@ def _rank_query(maxima, radii, reach, q, keys, scales, positions, paths, table, 
         scanned = maxima[g, :own]
         insert_best(scanned, values, ids)
         bound = np.float32(_bound(q[i, g], greatest, radius, reach))
-        if own < top_k or values[top_k - 2] - values[top_k - 1] > bound:
+        if values[top_k - 2] - values[top_k - 1] > bound:
             row[: top_k - 1] = ids[: top_k - 1]
         else:
             # Only what is not surely left out is looked at again; the negation catches NaN.

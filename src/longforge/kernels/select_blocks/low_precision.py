@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longforge.errors import InputError
 
-__all__ = ["CODE_DTYPES", "LowPrecisionKeys", "lower_precision", "rounding"]
+__all__ = ["CODE_DTYPES", "LowPrecisionKeys", "lower_precision"]
 
 CODE_DTYPES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Dtypes of codes, and the greatest code."""

@@ -8,6 +8,8 @@ vector arithmetic over rows. Probabilities are rounded to bf16 before they multi
 does (Dao 2023, section 3.1).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numba import get_num_threads, prange
@@ -16,7 +18,7 @@ from torch import Tensor
 from longforge.kernels.block_visits import block_visits, chosen_blocks, written
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.numba_host import compiled, layout_arrays, parallel_region, raw_array
-from longforge.kernels.tiles.attention_in_spans import attend_in_spans, few_queries
+from longforge.kernels.tiles.attention_in_spans import attend_in_spans, of_few_queries
 from longforge.kernels.tiles.attention_step import LOG2_E, finish, fresh_sums, scratch_of, visit_block
 from longforge.kernels.tiles.engine import TILE_ENGINE
 from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles
@@ -50,14 +52,21 @@ def attend(
     n, heads, _ = q.shape
     groups = k_pages.shape[2]
     positions, paths, table = layout_arrays(layout)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(n, heads)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((n, heads), dtype=torch.float32)
     if n == 0:
+        return out, lse
+    few = of_few_queries(paths) if blocks is None else np.zeros(n, np.bool_)
+    if few.any() and not few.all():
+        # Which way a path goes, and so its last bits, must not depend on its neighbours.
+        for rows in (torch.from_numpy(few), torch.from_numpy(~few)):
+            out[rows], lse[rows] = attend(q[rows], k_pages, v_pages, None, _of_rows(layout, rows), scale)
         return out, lse
     ids = chosen_blocks(blocks)
     columns, k, v = columns_of(q, groups), raw_array(k_pages), raw_array(v_pages)
     factor = np.float32(scale * LOG2_E)
     with parallel_region(2 * q.numel() * pairs_per_query(blocks, layout)):
-        if blocks is None and few_queries(paths):
+        if few.all():
             attend_in_spans(
                 TILE_SETTINGS, columns, k, v, positions, paths, table, factor, out.view(torch.uint16).numpy(),
                 lse.numpy(),
@@ -69,6 +78,12 @@ def attend(
             out.view(torch.uint16).numpy(), lse.numpy(),
         )  # fmt: skip
     return out, lse
+
+
+def _of_rows(layout: PackedLayout, rows: Tensor) -> PackedLayout:
+    """The layout of these tokens alone."""
+    positions, paths, slots = (x[rows] for x in (layout.positions, layout.paths, layout.slots))
+    return replace(layout, positions=positions, paths=paths, slots=slots)
 
 
 def pairs_per_query(blocks: Tensor | None, layout: PackedLayout) -> int:

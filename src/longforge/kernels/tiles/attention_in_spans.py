@@ -8,36 +8,52 @@ their greatest scores (Milakov and Gimelshein 2018, section 3.1).
 import numpy as np
 from numba import prange
 
-from longforge.kernels.numba_host import compiled
+from longforge.kernels.numba_host import compiled, path_starts
 from longforge.kernels.tiles.attention_step import finish, fresh_sums, scratch_of, visit_block
 from longforge.kernels.tiles.product import begin_tiles, end_tiles
 from longforge.kernels.tiles.vectors import COLUMNS
 
-__all__ = ["attend_in_spans", "few_queries"]
+__all__ = ["attend_in_spans", "of_few_queries"]
 
 FEW = 8
 """Most queries of a path."""
 SPAN = 32
 """Blocks of a unit."""
+ROOM = 1 << 26
+"""Numbers of partial sums held at once (256 MiB), or those of one path if they are more."""
 
 
-def few_queries(paths: np.ndarray) -> bool:
-    """Whether no path has more than FEW queries; paths ascending."""
-    return len(paths) <= FEW or bool((paths[FEW:] != paths[:-FEW]).all())
+def of_few_queries(paths: np.ndarray) -> np.ndarray:
+    """bool [N]: whether the query's path has at most FEW of them; paths ascending."""
+    counts = np.diff(path_starts(paths))
+    return np.repeat(counts <= FEW, counts)
 
 
 def attend_in_spans(settings, q, k, v, positions, paths, table, scale, out, lse) -> None:
     """q uint16 [N, Hkv, 16, D], k and v uint16 [S, Bk, Hkv, D] -> out uint16 [N, Hq, D], lse fp32 [N, Hq]."""
-    inner = np.flatnonzero(np.diff(paths)) + 1
-    begins, ends = np.concatenate(([0], inner)), np.concatenate((inner, [len(paths)]))
+    starts = path_starts(paths)
+    begins, ends = starts[:-1], starts[1:]
     spans = positions[ends - 1] // k.shape[1] // SPAN + 1
-    units = np.empty((int(spans.sum()), 4), np.int64)  # first query, end, first block, place of its results
+    held = np.cumsum(spans * (ends - begins) * (q.size // len(q)))
+    first = 0
+    while first < len(begins):
+        before = held[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(held, before + ROOM, side="right")))
+        units = _units(begins[first:last], ends[first:last], spans[first:last])
+        firsts = np.concatenate(([0], np.cumsum(spans[first:last])))
+        places = int(units[-1, 3] + units[-1, 1] - units[-1, 0])
+        _spans(settings, q, k, v, positions, paths, table, scale, units, firsts, places, out, lse)
+        first = last
+
+
+def _units(begins: np.ndarray, ends: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """int64 [units, 4]: first query, end, first block, place of its results."""
+    units = np.empty((int(spans.sum()), 4), np.int64)
     units[:, 0], units[:, 1] = np.repeat(begins, spans), np.repeat(ends, spans)
     units[:, 2] = SPAN * (np.arange(len(units)) - np.repeat(np.cumsum(spans) - spans, spans))
     counts = units[:, 1] - units[:, 0]
     units[:, 3] = np.cumsum(counts) - counts
-    firsts = np.concatenate(([0], np.cumsum(spans)))
-    _spans(settings, q, k, v, positions, paths, table, scale, units, firsts, int(counts.sum()), out, lse)
+    return units
 
 
 @compiled(parallel=True, error_model="numpy")
