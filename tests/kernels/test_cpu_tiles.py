@@ -307,6 +307,17 @@ def test_attention_and_its_gradients_are_float64s(case: Case):
     assert_attention_is_float64s(inputs, selected(inputs, case.top_k))
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+def test_any_scale_is_right(scale: float):
+    inputs = made(Case((90, 41), 8, 2, 64, 32, 32, 2))
+    blocks = selected(inputs, 2)
+    got, wanted = (
+        sparse_attention(x.q, x.k, x.v, blocks, x.layout, scale=scale, backend=backend)
+        for x, backend in ((inputs, "cpu"), (inputs.to(torch.float64), "reference"))
+    )
+    assert_close(("out", "lse"), list(got), list(wanted))
+
+
 @pytest.mark.parametrize("per_group", range(4, 17))
 def test_any_number_of_heads_of_a_group_is_right(per_group: int):
     inputs = made(Case((70, 9), 2 * per_group, 2, 32, 32, 32, 2), seed=per_group)

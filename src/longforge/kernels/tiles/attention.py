@@ -56,6 +56,8 @@ def attend(
     lse = q.new_empty((n, heads), dtype=torch.float32)
     if n == 0:
         return out, lse
+    if scale < 0:  # the maximum over scores is taken before they are scaled
+        q, scale = -q, -scale
     few = of_few_queries(paths) if blocks is None else np.zeros(n, np.bool_)
     if few.any() and not few.all():
         # Which way a path goes, and so its last bits, must not depend on its neighbours.
