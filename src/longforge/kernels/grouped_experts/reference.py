@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["activate", "grouped_experts"]
+from longforge.kernels.grouped_experts.activation import activate
+
+__all__ = ["grouped_experts"]
 
 
 def grouped_experts(
@@ -26,11 +28,3 @@ def grouped_experts(
         y = F.linear(activate(gate, up, activation, alpha, limit), down[expert].to(wide))
         out = out.index_add(0, token, y.to(wide) * weights[token, choice, None].to(wide))
     return out.to(x.dtype)
-
-
-def activate(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
-    """gate and up [..., I] -> hidden [..., I]."""
-    if activation == "silu":
-        return F.silu(gate) * up
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * torch.sigmoid(alpha * gate)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longforge.errors import InputError
+from longforge.kernels.grouped_experts.activation import activate
 from longforge.kernels.grouped_experts.order import product_dtype, sorted_by_expert
-from longforge.kernels.grouped_experts.reference import activate
 
 __all__ = ["grouped_experts"]
 
