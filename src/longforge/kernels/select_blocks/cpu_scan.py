@@ -74,6 +74,8 @@ def _scan_unit(settings, q, keys, scales, pages, radii, begin, end, from_block, 
     end_tiles()
 
 
+# numba chooses by the keys' dtype while it compiles; the two functions that raise are only the names it knows
+# the choice by.
 def _prepared(rows, panels, keys) -> Any:
     """(panels of the queries, ranges of their columns, scratch for scores) as _scan_block wants them."""
     raise NotImplementedError("compiled code only")

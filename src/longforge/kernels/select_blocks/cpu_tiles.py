@@ -215,6 +215,7 @@ def _score_by_rule(q, keys, scales, i, g, page, tile):
     return largest(tile[scores : scores + block_size])
 
 
+# Chosen by dtype while numba compiles, as in cpu_scan.py.
 def _widened(tile, width, keys, page) -> Any:
     """tile[d * width + t] = keys[page, t, d] in fp32."""
     raise NotImplementedError("compiled code only")

@@ -8,12 +8,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
 __all__ = [
-    "BF16S",
     "BYTES",
     "COLUMNS",
     "FLOATS",
     "HALVES",
-    "I1",
     "I8",
     "I16",
     "I32",
@@ -53,7 +51,7 @@ class _BFloat(ir.Type):
         return "bfloat"
 
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 BYTES = ir.PointerType(I8)
 FLOATS = ir.VectorType(ir.FloatType(), COLUMNS)
 WORDS = ir.VectorType(I32, COLUMNS)
