@@ -7,6 +7,7 @@
     │   └── ContextOverflow   a prompt that does not fit the model's context
     ├── CheckError            a benchmark's own check failed: it reports nothing
     ├── EngineError           the engine cannot do what was asked in its present state
+    │   └── Overloaded        more requests or tokens are waiting than it accepts; try again later
     ├── ToolError             a tool call of the agent that was refused (path outside the tree, bad range)
     └── RunError              a run folder: in use, not a run, not resumable
 
@@ -21,6 +22,7 @@ __all__ = [
     "EngineError",
     "InputError",
     "LongforgeError",
+    "Overloaded",
     "RunError",
     "ToolError",
 ]
@@ -59,6 +61,10 @@ class CheckError(LongforgeError):
 
 class EngineError(LongforgeError):
     """The engine cannot do what was asked in its present state."""
+
+
+class Overloaded(EngineError):
+    """More requests or tokens are waiting than the engine accepts; the same request may succeed later."""
 
 
 class ToolError(LongforgeError):

@@ -100,7 +100,7 @@ def test_text_is_passed_on_as_soon_as_it_cannot_be_a_tag() -> None:
     assert parser.push("]<]mini") == []
     assert parser.push("max[>[<tool_") == []
     assert parser.push(f'call>{NS}<invoke name="grep">{NS}<pattern>x{NS}</pattern>') == []
-    assert parser.push(f"{NS}</invoke>") == [Delta("tool_call", call=ToolCall("grep", {"pattern": "x"}))]
+    assert parser.push(f"{NS}</invoke>")[-1] == Delta("call_end", call=ToolCall("grep", {"pattern": "x"}))
     assert parser.push(f"\n{CLOSE}\n") == []
     assert parser.finish() == []
 

@@ -14,6 +14,7 @@ Rules beyond the released formats (choices):
 - Closing tags of nothing between calls or arguments are dropped, and so is whitespace after a block of calls.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,17 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Delta:
-    """A stretch of thinking or of content, or one whole tool call."""
+    """A stretch of thinking or of content, or a part of a tool call.
 
-    kind: Literal["thinking", "content", "tool_call"]
+    A call comes as call_start, any number of call_arguments, call_end; two calls never overlap. The texts of
+    its call_arguments together are the JSON of `call_end.call.arguments`.
+    """
+
+    kind: Literal["thinking", "content", "call_start", "call_arguments", "call_end"]
     text: str = ""
+    """thinking, content: the text. call_arguments: the next stretch of JSON."""
     call: ToolCall | None = None
+    """call_start: the name alone. call_end: the whole call."""
 
 
 class ChatParser:
@@ -180,7 +187,10 @@ class ChatParser:
 
     def _end_call(self, end: int) -> None:
         if self._call is not None:
-            self._deltas.append(Delta("tool_call", call=self._call.call()))
+            call = self._call.call()
+            self._deltas.append(Delta("call_start", call=ToolCall(call.name, {})))
+            self._deltas.append(Delta("call_arguments", json.dumps(call.arguments, ensure_ascii=False)))
+            self._deltas.append(Delta("call_end", call=call))
             self._call = None
             self._block_start = end
             self._block_is_empty = False
@@ -260,5 +270,5 @@ def message_of(deltas: Iterable[Delta]) -> Message:
         role="assistant",
         content="".join(delta.text for delta in everything if delta.kind == "content"),
         thinking="".join(thoughts) if thoughts else None,
-        tool_calls=tuple(delta.call for delta in everything if delta.call is not None),
+        tool_calls=tuple(d.call for d in everything if d.kind == "call_end" and d.call is not None),
     )

@@ -188,16 +188,12 @@ class _Shown:
             self._content += delta.content
             self._show("content", delta.content)
         for call in delta.tool_calls or ():
-            self._calls.append(
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": call.function.arguments},
-                }
-            )
-            self._show(
-                f"call {len(self._calls)}", call.function.arguments, f"(calls {call.function.name}) ", "cyan"
-            )
+            if call.index == len(self._calls):
+                function = {"name": call.function.name, "arguments": ""}
+                self._calls.append({"id": call.id, "type": "function", "function": function})
+            function = self._calls[call.index]["function"]
+            function["arguments"] += call.function.arguments
+            self._show(f"call {call.index}", call.function.arguments, f"(calls {function['name']}) ", "cyan")
 
     def end(self) -> None:
         """Ends the line."""

@@ -37,14 +37,28 @@ class Answer:
         *,
         stops: Sequence[str] = (),
         eager: bool,
+        tenant: str = "",
+        priority: int = 0,
+        report_blocks: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self.cached_tokens = 0
+        """Prompt tokens found in the cache; known from the first part on."""
+        self.stop_string: str | None = None
+        """The stop string that ended the answer."""
         self._loop = loop
         self._decoder = StreamDecoder(tokenizer)
         self._stop_ids = frozenset(params.stop_token_ids)
         self._stops = StopStrings(stops)
         # A stop string must be seen as soon as it is there, or tokens would be generated in vain.
-        self._generation = loop.open(prompt_ids, params, eager=eager or bool(stops))
+        self._generation = loop.open(
+            prompt_ids,
+            params,
+            eager=eager or bool(stops),
+            tenant=tenant,
+            priority=priority,
+            report_blocks=report_blocks,
+        )
 
     def close(self) -> None:
         """Cancels the generation if it still runs."""
@@ -70,12 +84,14 @@ class Answer:
 
     def _part(self, batch: list[TokenEvent]) -> Part:
         text = ""
+        self.cached_tokens = batch[0].cached_tokens
         for place, event in enumerate(batch):
             stopped = event.stop_reason is StopReason.STOP and event.token_id in self._stop_ids
             text += self._stops.push("" if stopped else self._decoder.push((event.token_id,)))
-            if event.stop_reason is not None and not self._stops.found:
+            if event.stop_reason is not None and self._stops.found is None:
                 text += self._stops.push(self._decoder.flush()) + self._stops.finish()
-            if self._stops.found:
+            if self._stops.found is not None:
+                self.stop_string = self._stops.found
                 self.close()
                 return Part(text, batch[: place + 1], StopReason.STOP)
         return Part(text, batch, batch[-1].stop_reason)

@@ -17,8 +17,8 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from longforge.engine import Engine, EngineStats, GenerationRequest, TokenEvent
-from longforge.errors import EngineError, LongforgeError
+from longforge.engine import Engine, EngineStats, GenerationRequest, RequestFailed, TokenEvent
+from longforge.errors import EngineError, LongforgeError, Overloaded
 from longforge.protocol import SamplingParams
 
 __all__ = ["EngineLoop", "Generation"]
@@ -60,12 +60,27 @@ class Generation:
 class EngineLoop:
     """Owns an engine. Methods are called from the asyncio loop in which `start` was called.
 
-    threads: CPU threads of the engine (None: as torch is set).
+    threads: CPU threads of the engine (None: as torch is set). max_requests, max_tokens: most open requests,
+    and most prompt tokens of open requests together; what is beyond is refused at once.
     """
 
-    def __init__(self, engine: Engine, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        threads: int | None = None,
+        max_requests: int = 1024,
+        max_tokens: int = 64_000_000,
+    ) -> None:
         self.engine = engine
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
         self._threads = threads
+        self._open: dict[str, int] = {}
+        """Prompt tokens of each open request; only the asyncio side reads and writes it."""
+        self._open_tokens = 0
+        self._paused = False
+        self._draining = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._names = itertools.count()
         self._lock = threading.Lock()  # guards _commands and _closed
@@ -93,13 +108,27 @@ class EngineLoop:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def open(self, prompt_ids: Sequence[int], params: SamplingParams, *, eager: bool = True) -> Generation:
-        """Submits a request. eager: wake the reader at each token, not only at the end.
+    def open(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        eager: bool = True,
+        tenant: str = "",
+        priority: int = 0,
+        cache: bool = True,
+        report_blocks: bool = False,
+    ) -> Generation:
+        """Submits a request. eager: wake the reader at each token, not only at the end. The rest as in
+        `GenerationRequest`.
 
-        Errors: what `Engine.submit` refuses, at once; EngineError when the engine has stopped.
+        Errors: what `Engine.submit` refuses, at once; Overloaded; EngineError when the engine has stopped.
         """
-        request = GenerationRequest(f"request-{next(self._names)}", tuple(prompt_ids), params)
+        request = GenerationRequest(
+            f"request-{next(self._names)}", tuple(prompt_ids), params, tenant, priority, cache, report_blocks
+        )
         self.engine.check(request)
+        self._admit(request)
         generation = Generation(request, eager=eager)
 
         def submit() -> None:
@@ -112,6 +141,7 @@ class EngineLoop:
     def close(self, generation: Generation) -> None:
         """Cancels what is still running. Harmless at any time."""
         name = generation.request.id
+        self._open_tokens -= self._open.pop(name, 0)
 
         def cancel() -> None:
             if self._generations.pop(name, None) is not None:
@@ -121,6 +151,34 @@ class EngineLoop:
             with contextlib.suppress(EngineError):  # the engine has stopped: nothing is left to cancel
                 self._command(cancel)
 
+    def pause(self) -> None:
+        """Computes nothing more until `resume`; open requests keep their pages and wait, new ones queue."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._paused = False
+        self._wake.set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was told to pause."""
+        return self._paused
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that were accepted and not closed yet."""
+        return len(self._open)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the server is about to end."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those that are open go on."""
+        self._draining = True
+
     async def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
         """`Engine.swap_weights` between two steps; returns when the new weights are active."""
         await asyncio.wrap_future(self._command(lambda: self.engine.swap_weights(state, version)))
@@ -128,6 +186,20 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """Counters of the engine, at most one step old."""
         return self.engine.stats()
+
+    def _admit(self, request: GenerationRequest) -> None:
+        tokens = len(request.prompt_ids)
+        if self._draining:
+            raise Overloaded("server: it is shutting down and takes no new requests")
+        if len(self._open) >= self.max_requests:
+            raise Overloaded(f"server: {self.max_requests} requests are open already; try again later")
+        if self._open and self._open_tokens + tokens > self.max_tokens:
+            raise Overloaded(
+                f"server: prompts of {self._open_tokens} tokens are open already, {tokens} more would pass "
+                f"{self.max_tokens}; try again later"
+            )
+        self._open[request.id] = tokens
+        self._open_tokens += tokens
 
     def _command(self, action: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
@@ -148,7 +220,7 @@ class EngineLoop:
             while not self._stopping:
                 self._wake.clear()
                 self._obey()
-                if self.engine.has_work:
+                if self.engine.has_work and not self._paused:
                     self._deliver(self.engine.step())
                 elif not self._stopping:
                     self._wake.wait()
@@ -179,10 +251,16 @@ class EngineLoop:
             generation._error = error
             self._announce([generation])
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
+    def _deliver(self, events: Sequence[TokenEvent | RequestFailed]) -> None:
         news: list[Generation] = []
         for event in events:
             generation = self._generations[event.request_id]
+            if isinstance(event, RequestFailed):
+                generation._error = event.error
+                generation._ended = True
+                del self._generations[event.request_id]
+                news.append(generation)
+                continue
             generation._events.append(event)
             if event.stop_reason is not None:
                 generation._ended = True

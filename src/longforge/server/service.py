@@ -14,7 +14,16 @@ from longforge.errors import ContextOverflow, EngineError, LongforgeError
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.replies import error_body
 
-__all__ = ["ClientGone", "EventStream", "Service", "error_reply", "failed", "model_check", "unless_gone"]
+__all__ = [
+    "Caller",
+    "ClientGone",
+    "EventStream",
+    "Service",
+    "error_reply",
+    "failed",
+    "model_check",
+    "unless_gone",
+]
 
 T = TypeVar("T")
 EVENT_STREAM = "text/event-stream"
@@ -27,6 +36,18 @@ class Service:
     loop: EngineLoop
     tokenizer: Tokenizer
     model_name: str
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. The tenant follows from the API key; a caller cannot name it."""
+
+    tenant: str = ""
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent a request, as the server's front door found out."""
+    return getattr(request.state, "caller", Caller())
 
 
 class ClientGone(Exception):

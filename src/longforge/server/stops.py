@@ -15,16 +15,18 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
+        """The stop string that came."""
 
     def push(self, text: str) -> str:
         """The text that is now certain. Nothing more comes after `found`."""
-        if not self._stops or self.found:
-            return "" if self.found else text
+        if not self._stops or self.found is not None:
+            return text if self.found is None else ""
         self._held += text
-        ends = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        self.found = bool(ends)
-        cut = min(ends)[1] if ends else len(self._held) - self._undecided()
+        ends = [
+            (place + len(stop), place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0
+        ]
+        _, cut, self.found = min(ends) if ends else (0, len(self._held) - self._undecided(), None)
         certain, self._held = self._held[:cut], "" if ends else self._held[cut:]
         return certain
 

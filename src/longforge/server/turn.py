@@ -1,0 +1,157 @@
+"""One turn of the assistant, whatever the dialect: a conversation in; thinking, text and calls out."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from longforge.chat import Family, ThinkingMode, encode_prompt, starts_in_thinking
+from longforge.chat.constraint import Constraint, answer_grammar
+from longforge.chat.format import call_text
+from longforge.chat.parser import ChatParser, Delta, message_of
+from longforge.engine import TokenEvent
+from longforge.protocol import Message, SamplingParams, StopReason, ToolSpec
+from longforge.server.answer import Answer
+from longforge.server.replies import new_call_id
+from longforge.server.service import Caller, Service
+
+__all__ = ["Turn", "TurnPart"]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPart:
+    """What one batch of tokens adds."""
+
+    deltas: list[Delta]
+    events: list[TokenEvent]
+    reason: StopReason | None
+    """Set on the last part."""
+
+
+class Turn:
+    """One answer to a conversation. It is refused in the constructor or not at all; `close` it when done.
+
+    params: its stop tokens are added here. eager: parts come token by token, else all at the end. Each call
+    has an id from its call_start on; calls are text where no tools were offered. Errors: InputError,
+    ContextOverflow, EngineError.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        caller: Caller,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        *,
+        tools: Sequence[ToolSpec] = (),
+        thinking: ThinkingMode = "adaptive",
+        constraint: Constraint = Constraint(),
+        stops: Sequence[str] = (),
+        eager: bool,
+        priority: int = 0,
+        report_blocks: bool = False,
+    ) -> None:
+        tokenizer, family = service.tokenizer, service.loop.engine.config.family
+        prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
+        thinking_open = starts_in_thinking(family, thinking)
+        params = replace(
+            params,
+            stop_token_ids=(*tokenizer.stop_ids, *params.stop_token_ids),
+            grammar=answer_grammar(constraint, tools, family, thinking_open, tokenizer),
+        )
+        self._reader = _Reader(tools, family, thinking_open)
+        self.completion_tokens = 0
+        self.thinking_tokens = 0
+        """Of these, tokens that ended while the model was still thinking."""
+        self._answer = Answer(
+            service.loop,
+            tokenizer,
+            prompt,
+            params,
+            stops=stops,
+            eager=eager,
+            tenant=caller.tenant,
+            priority=priority,
+            report_blocks=report_blocks,
+        )
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The conversation as token ids."""
+        return self._answer.prompt_ids
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the cache; known from the first part on."""
+        return self._answer.cached_tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._answer.stop_string
+
+    @property
+    def calls(self) -> int:
+        """Tool calls so far."""
+        return self._reader.calls
+
+    def close(self) -> None:
+        """Cancels the generation if it still runs."""
+        self._answer.close()
+
+    async def parts(self) -> AsyncIterator[TurnPart]:
+        """The parts in order; the last one has a reason. Errors: EngineError if the engine stops."""
+        async for part in self._answer.parts():
+            self.completion_tokens += len(part.events)
+            deltas = self._reader.push(part.text)
+            if self._reader.thinking:
+                self.thinking_tokens += len(part.events)
+            if part.reason is not None:
+                deltas += self._reader.finish()
+            yield TurnPart(deltas, part.events, part.reason)
+
+    async def whole(self) -> tuple[Message, StopReason]:
+        """The whole answer as one message, and why it ended."""
+        deltas: list[Delta] = []
+        reason = None
+        async for part in self.parts():
+            deltas += part.deltas
+            reason = part.reason
+        assert reason is not None, "a whole answer has ended"
+        return message_of(deltas), reason
+
+
+class _Reader:
+    """Deltas of one answer: calls get ids, and a call is text where no tools were offered."""
+
+    def __init__(self, tools: Sequence[ToolSpec], family: Family, thinking_open: bool) -> None:
+        self._tools = tools
+        self._family: Family = family
+        self._parser = ChatParser(family, tools, thinking_open)
+        self._id = ""
+        self.calls = 0
+        self.thinking = thinking_open
+        """Whether the last that came was thinking."""
+
+    def push(self, text: str) -> list[Delta]:
+        return self._given(self._parser.push(text))
+
+    def finish(self) -> list[Delta]:
+        return self._given(self._parser.finish())
+
+    def _given(self, deltas: list[Delta]) -> list[Delta]:
+        if deltas:
+            self.thinking = deltas[-1].kind == "thinking"
+        return [allowed for delta in deltas if (allowed := self._allowed(delta)) is not None]
+
+    def _allowed(self, delta: Delta) -> Delta | None:
+        if delta.kind in ("thinking", "content"):
+            return delta
+        if not self._tools:
+            if delta.kind != "call_end" or delta.call is None:
+                return None
+            return Delta("content", call_text(delta.call, self._family))
+        if delta.kind == "call_start":
+            self.calls += 1
+            self._id = new_call_id()
+        if delta.call is None:
+            return delta
+        return replace(delta, call=replace(delta.call, id=self._id))
