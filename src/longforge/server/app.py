@@ -18,6 +18,7 @@ from longforge.server.chat import chat_router
 from longforge.server.completions import completions_router
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.invalid import describe_invalid
+from longforge.server.page import page_router
 from longforge.server.service import ClientGone, Service, error_reply, failed, model_check
 
 __all__ = ["create_app"]
@@ -39,6 +40,7 @@ def create_app(engine_loop: EngineLoop, tokenizer: Tokenizer, model_name: str) -
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
     app.include_router(admin_router(service))
+    app.include_router(page_router())
     _add_information(app, service)
     _add_errors(app)
     return app
