@@ -150,12 +150,12 @@ class Tab:
         assert "exceptionDetails" not in done, (expression, done["exceptionDetails"])
         return done["result"].get("value")
 
-    def wait(self, expression: str) -> Any:
-        """The first true value of an expression."""
+    def wait(self, expression: str) -> None:
+        """Until an expression is true."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            if found := self.value(expression):
-                return found
+            if self.value(f"Boolean({expression})"):
+                return
             time.sleep(0.01)
         raise AssertionError(f"{expression} did not come true; the page says: {self.text('body')}")
 
@@ -170,8 +170,8 @@ class Tab:
         )
 
     def shown(self, selector: str) -> bool:
-        """Whether the first match takes room on the page."""
-        return self.value(f"(document.querySelector({json.dumps(selector)})?.getClientRects().length ?? 0) > 0")
+        """Whether the first match can be seen."""
+        return self.value(f"document.querySelector({json.dumps(selector)})?.checkVisibility() ?? false")
 
     def fill(self, selector: str, text: str) -> None:
         """Focuses a field, empties it and types."""

@@ -157,7 +157,7 @@ def test_escape_stops_an_answer_under_way(page: Tab, server: Served):
     page.fill("#max-tokens", "1900")
     page.fill("#temperature", "0")
     ask(page, "class lines path")
-    page.wait("document.querySelector('.model .text')?.innerText.length > 3")
+    page.wait("document.querySelector('.model .text')?.textContent.length > 3")
     page.press("Escape")
     settled(page)
     assert page.text(".outcome") == "Stopped."
@@ -250,7 +250,7 @@ def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(browser: Browse
     guarded = AsksForAKey(create_app(loop, small_tokenizer(), "small"))
     with BackgroundServer(guarded, on_stop=loop.stop) as server:
         tab = browser.open(f"{server.url}/")
-        tab.wait("!document.querySelector('#key-form').hidden")
+        tab.wait("document.querySelector('#key-form')?.hidden === false")
         tab.fill("#key", "wrong")
         tab.press("Enter")
         tab.wait("document.querySelector('.failure')?.innerText.startsWith('API key: expected')")

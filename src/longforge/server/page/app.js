@@ -27,7 +27,8 @@ async function connect() {
     const card = (await reply.json()).data[0];
     state.model = card.id;
     const context = card.max_model_len ? `, ${card.max_model_len.toLocaleString("en")} tokens of context` : "";
-    part("served").textContent = card.id + context;
+    part("model").textContent = card.id;
+    part("context").textContent = context;
     part("key-form").hidden = true;
     return true;
   } catch (error) {
@@ -165,7 +166,7 @@ function setRunning(controller) {
   part("send").hidden = controller !== null;
   part("stop").hidden = controller === null;
   part("send").disabled = state.waiting;
-  part("question").placeholder = state.waiting ? "The model waits for the result above" : "Your message";
+  part("question").placeholder = state.waiting ? "Waiting for the result above" : "Your message";
 }
 
 function stop() {

@@ -27,7 +27,7 @@ export function readTools(text) {
 export function requestSettings() {
   const settings = { thinking: { type: field("thinking").value } };
   const temperature = number("temperature", "Temperature");
-  const limit = number("max-tokens", "Most tokens");
+  const limit = number("max-tokens", "Max tokens");
   if (temperature !== null) settings.temperature = temperature;
   if (limit !== null) settings.max_tokens = limit;
   const tools = readTools(field("tools").value);
@@ -48,8 +48,8 @@ export function showToolsState() {
   try {
     const names = readTools(field("tools").value).map((tool) => tool.function.name);
     state.textContent = names.length
-      ? `Offered: ${names.join(", ")}. You answer their calls yourself.`
-      : "No tools. You answer their calls yourself.";
+      ? `Offered: ${names.join(", ")}. What a tool returns, you type.`
+      : "None. What a tool returns, you type.";
   } catch (error) {
     state.textContent = error.message;
     wrong = true;

@@ -133,6 +133,7 @@ export class AnswerView {
       this.#thought = { fold, title, preview, text, started: performance.now(), over: false };
       this.body.append(fold);
     }
+    this.#thought.over = false; // a model may think again after it has said something
     const { title, preview, text, started } = this.#thought;
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
     const words = answer.thinking.trim().split(/\s+/).length;
