@@ -30,7 +30,10 @@ FLAGS = (
     "--mute-audio",
 )
 # Chromium reads commands from descriptor 3 and writes to 4, each message ended by a zero byte.
-START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+START = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4);"
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 PATIENCE = 20.0
 
 
@@ -175,14 +178,18 @@ class Tab:
 
     def fill(self, selector: str, text: str) -> None:
         """Focuses a field, empties it and types."""
-        self.value(f"(field => {{ field.focus(); field.select(); }})(document.querySelector({json.dumps(selector)}))")
+        self.value(
+            f"(field => {{ field.focus(); field.select(); }})(document.querySelector({json.dumps(selector)}))"
+        )
         self.call("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
         """Enter, Escape or Tab, wherever the focus is."""
         code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
         shared = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **shared, **({"text": "\r"} if code == 13 else {}))
+        self.call(
+            "Input.dispatchKeyEvent", type="keyDown", **shared, **({"text": "\r"} if code == 13 else {})
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", **shared)
 
     def click(self, selector: str) -> None:
@@ -192,7 +199,9 @@ class Tab:
             f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+            self.call(
+                "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
+            )
 
     def screenshot(self, file: Path) -> None:
         """A PNG of what is visible."""

@@ -193,12 +193,14 @@ def test_a_new_chat_forgets_the_old_one(page: Tab):
 
 def test_the_strip_is_hidden_until_blocks_are_reported(page: Tab):
     assert not page.shown("#strip")
-    report = '{blocks: [2, 0, 0, 1], block_size: 128}'
+    report = "{blocks: [2, 0, 0, 1], block_size: 128}"
     page.value(f"import('/page/strip.js').then((strip) => strip.showBlocks({report}))")
-    assert page.text("#strip-caption").startswith("Attention for the newest token: 2 of 4 blocks of 128 tokens")
+    assert page.text("#strip-caption").startswith(
+        "Attention for the newest token: 2 of 4 blocks of 128 tokens"
+    )
     colours = page.value(
-        "(c => [0.1, 0.4, 0.6, 0.9].map((x) => [...c.getContext('2d').getImageData(x * c.width, 9, 1, 1).data]"
-        ".join()))(document.querySelector('#strip-canvas'))"
+        "(c => [0.1, 0.4, 0.6, 0.9].map((x) => [...c.getContext('2d')"
+        ".getImageData(x * c.width, 9, 1, 1).data].join()))(document.querySelector('#strip-canvas'))"
     )
     assert colours[1] == colours[2] and len(set(colours)) == 3, "busiest, idle, idle, less busy"
 
@@ -207,7 +209,8 @@ def test_cached_tokens_get_a_badge(page: Tab):
     usage = "{prompt_tokens: 90, completion_tokens: 2, prompt_tokens_details: {cached_tokens: 64}}"
     page.value(
         "Promise.all([import('/page/view.js'), import('/page/conversation.js')]).then(([v, c]) => {"
-        f"const answer = new c.Answer(); answer.add({{usage: {usage}}}); new v.AnswerView().end(answer, ''); }})"
+        f"const answer = new c.Answer(); answer.add({{usage: {usage}}});"
+        "new v.AnswerView().end(answer, ''); })"
     )
     assert page.texts(".badge.cached") == ["64 cached"]
 
@@ -215,7 +218,10 @@ def test_cached_tokens_get_a_badge(page: Tab):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ('{"a": {"b": [1, "x, {y}: \\" z"]}}', '{\n  "a": {\n    "b": [\n      1,\n      "x, {y}: \\" z"\n    ]\n  }\n}'),
+        (
+            '{"a": {"b": [1, "x, {y}: \\" z"]}}',
+            '{\n  "a": {\n    "b": [\n      1,\n      "x, {y}: \\" z"\n    ]\n  }\n}',
+        ),
         ('{"a": "he', '{\n  "a": "he'),
         ('{"a": [], "b": {}}', '{\n  "a": [],\n  "b": {}\n}'),
         ("{}", "{}"),

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-__all__ = ["page_router"]
+__all__ = ["PAGE_PATHS", "page_router"]
 
 FOLDER = Path(__file__).parent
 TYPES = {
@@ -26,6 +26,9 @@ TYPES = {
 }
 """What is served under /page/, and nothing else is."""
 
+PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in TYPES)})
+"""Every path of the page. They hold nothing that needs an API key, and the page asks for the key itself."""
+
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -38,7 +41,7 @@ HEADERS = {
 
 
 def page_router() -> APIRouter:
-    """GET / and the files it loads. They need no API key; what they ask for does."""
+    """GET / and the files it loads."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/", response_model=None)
