@@ -15,7 +15,7 @@ from torch import Tensor
 from longforge.engine.pages import PageAllocator
 from longforge.engine.request import EngineStats, GenerationRequest, TokenEvent, check_request
 from longforge.engine.runner import Runner
-from longforge.engine.sampler import Sampled, sample
+from longforge.engine.sampler import Row, Sampled, TokenCounts, sample
 from longforge.engine.scheduler import Scheduler, Sequence, Work
 from longforge.engine.weights import check_weights, copy_weights
 from longforge.errors import EngineError, InputError
@@ -58,6 +58,7 @@ class Engine:
         )
         self._runner = Runner(model.eval(), pages=pages, max_running=max_running, context=self.context)
         self._sequences: dict[str, Sequence] = {}
+        self._counts: dict[str, TokenCounts] = {}  # of the requests with penalties
         self._version = int(model.version)
         self._steps = self._prompt_tokens = self._generated_tokens = self._finished = self._cancelled = 0
 
@@ -90,12 +91,15 @@ class Engine:
         sequence = Sequence(request, limit=limit, seed=seed)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
+        if params.needs_counts:
+            self._counts[request.id] = TokenCounts(request.prompt_ids)
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request and gives its pages back at once. False if it is not (or no longer) here."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        self._counts.pop(request_id, None)
         self._scheduler.remove(sequence)
         self._cancelled += 1
         return True
@@ -111,12 +115,9 @@ class Engine:
         sampling = self._count(work)
         if not sampling:
             return []
-        sampled = sample(
-            logits,
-            [s.request.params for s in sampling],
-            [s.seed for s in sampling],
-            [s.known for s in sampling],
-        )
+        sampled = sample(logits, [self._row(sequence) for sequence in sampling])
+        if any(sampled.failed):
+            raise EngineError("logits: expected finite numbers, got NaN or infinity; the weights are broken")
         return [self._accept(sequence, sampled, row) for row, sequence in enumerate(sampling)]
 
     def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
@@ -177,10 +178,17 @@ class Engine:
             item.sequence.computed += item.tokens
         return [item.sequence for item in work if item.samples]
 
+    def _row(self, sequence: Sequence) -> Row:
+        request = sequence.request
+        counts = self._counts.get(request.id)
+        return Row(request.params, sequence.seed, sequence.known, sequence.generated, counts)
+
     def _accept(self, sequence: Sequence, sampled: Sampled, row: int) -> TokenEvent:
         token = sampled.token_ids[row]
         sequence.last_token = token
         sequence.generated += 1
+        if sequence.request.id in self._counts:
+            self._counts[sequence.request.id].add(token)
         self._generated_tokens += 1
         reason: StopReason | None = None
         if token in sequence.stops:
@@ -189,6 +197,7 @@ class Engine:
             reason = StopReason.LENGTH
         if reason is not None:
             del self._sequences[sequence.request.id]
+            self._counts.pop(sequence.request.id, None)
             self._scheduler.remove(sequence)
             self._finished += 1
         return TokenEvent(
