@@ -9,9 +9,42 @@ from longforge.chat import Tokenizer
 from longforge.engine.grammar import Matcher
 
 TEMPTATIONS = (
-    *("null", "\nnull\n", "true", "1", "-5", "2.50", "1e300", "{", "[[", '{"a": 1}', "[1]", "\n", " ", "", "<", "é"),
-    *("</invoke>", "<invoke", "</minimax:tool_call>", "<think>", "</think>", "<mm:think>", "</mm:think>", "[e~["),
-    *("]<]minimax[>[<x>", "]<]minimax[>[</invoke>", "]<]minimax[>[<tool_call>", "]<]minimax[>", "</param", "item"),
+    *(
+        "null",
+        "\nnull\n",
+        "true",
+        "1",
+        "-5",
+        "2.50",
+        "1e300",
+        "{",
+        "[[",
+        '{"a": 1}',
+        "[1]",
+        "\n",
+        " ",
+        "",
+        "<",
+        "é",
+    ),
+    *(
+        "</invoke>",
+        "<invoke",
+        "</minimax:tool_call>",
+        "<think>",
+        "</think>",
+        "<mm:think>",
+        "</mm:think>",
+        "[e~[",
+    ),
+    *(
+        "]<]minimax[>[<x>",
+        "]<]minimax[>[</invoke>",
+        "]<]minimax[>[<tool_call>",
+        "]<]minimax[>",
+        "</param",
+        "item",
+    ),
 )
 ENDS = ("</parameter>\n", "</mm:think>", "</think>", '"', "}", "]", "0", '"}', "]<]minimax[>[</", "\\n", ", ")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longforge.chat.format import value_text
-from longforge.chat.guarded_schema import Guard, any_json
+from longforge.chat.guarded_schema import Guard
 from longforge.chat.lark import (
     Rules,
     embedded_json,
@@ -29,6 +29,12 @@ from longforge.protocol import ToolSpec
 __all__ = ["CallGrammar"]
 
 _NAME = re.compile(r'[^<>"\n\r/][^<>"\n\r]{0,150}')
+# What a value must not spell after a `<`, lest it be read as a tag. Beginnings of tags rule out a little more
+# than the tags themselves, and make smaller grammars.
+_VALUE_WORDS: dict[Family, tuple[str, ...]] = {
+    "m2": ("/parameter", "/invoke", "/minimax"),
+    "m3": ("]minimax",),
+}
 _INTEGER = r"-?(?:0|[1-9][0-9]{0,14})"
 _SCALARS = {
     "integer": _INTEGER,
@@ -51,9 +57,7 @@ class CallGrammar:
         self._family: Family = family
         self._tokenizer = tokenizer
         self._prefix = CALL_PREFIX if family == "m3" else ""
-        self._words = (
-            ("]minimax[>[",) if family == "m3" else ("/parameter>", "/invoke>", "/minimax:tool_call>")
-        )
+        self._words = _VALUE_WORDS[family]
 
     def block(self, tools: Sequence[ToolSpec], parallel: bool) -> tuple[str, str]:
         """A block of at least one call: the text it begins with, if it is text, and a rule for the rest.
@@ -122,7 +126,7 @@ class CallGrammar:
     def _nested(self, forms: Forms, reader: Schema, where: str) -> list[str]:
         """What is more than one stretch of text: lists, objects, and numbers with bounds."""
         if forms.anything:
-            return [self._json(any_json(("array", "object")), where)]
+            return [self._json({"type": ["array", "object"]}, where)]
         if self._family == "m2":
             return [self._json(part, where) for part in (*forms.numbers, *forms.objects, *forms.arrays)]
         for kind, several in (("object", forms.objects), ("array", forms.arrays)):

@@ -26,8 +26,8 @@ __all__ = ["Constraint", "answer_grammar"]
 
 # What content must not spell after a `<`, lest it be read as thinking or as calls.
 _CONTENT_WORDS: dict[Family, tuple[str, ...]] = {
-    "m2": ("think>", "/think>", "minimax:tool_call>"),
-    "m3": ("mm:think>", "/mm:think>", "]minimax[>["),
+    "m2": ("think>", "/think>", "minimax:"),
+    "m3": ("mm:think>", "/mm:think>", "]minimax"),
 }
 # Whitespace is bounded: a model may not fill its answer with it.
 _JSON_FORM = {"whitespace_pattern": r"[ \t\n\r]{1,80}", "json_allowed_escapes": 'nrbtf\\"'}

@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from longforge.chat.lark import text_without
 from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.errors import InputError
 
-__all__ = ["Guard", "any_json"]
+__all__ = ["Guard"]
 
 _ALL_TYPES = ("null", "boolean", "number", "string", "array", "object")
+_ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment", "strict"})
 _ONE = ("additionalProperties", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _COMBINED = ("$ref", "anyOf", "oneOf", "allOf")
@@ -19,17 +20,6 @@ _FREE_LEVELS = 4
 _BOUND = 10**15
 # Patterns that surely match no `<`: whole names of listed characters.
 _TAME = re.compile(r"\^(?:[A-Za-z0-9_\-+*?{},|$]|\\[dw]|\[[A-Za-z0-9_\-]+\])*\$")
-
-
-def any_json(types: Collection[str] = _ALL_TYPES, levels: int = _FREE_LEVELS) -> dict[str, Any]:
-    """A schema of any value of those types, with so many levels of lists and objects in it."""
-    schema: dict[str, Any] = {"type": list(types)}
-    inner = any_json(_ALL_TYPES if levels > 1 else _ALL_TYPES[:4], levels - 1) if levels else False
-    if "array" in types:
-        schema["items"] = inner
-    if "object" in types:
-        schema["additionalProperties"] = inner
-    return schema
 
 
 class Guard:
@@ -45,6 +35,7 @@ class Guard:
         self._pattern = f"^{text_without(words)}$"
         self._where = where
         self._bounded = bounded
+        self._shared: dict[str, Any] = {}
 
     def rewrite(self, schema: dict[str, Any]) -> dict[str, Any]:
         """What is left of `schema`.
@@ -53,7 +44,15 @@ class Guard:
         """
         if too_deep(schema):
             raise InputError(f"{self._where}: nested deeper than {MAX_NESTING} levels")
-        return self._node(schema, False)
+        self._shared = {}
+        node = self._node(schema, False)
+        if self._shared:
+            own = node.get("$defs", {})
+            taken = own.keys() & self._shared.keys()
+            if taken:
+                raise InputError(f"{self._where}: $defs: the name {taken.pop()!r} is reserved")
+            node["$defs"] = {**own, **self._shared}
+        return node
 
     def _node(self, schema: Any, part: bool) -> Any:
         """part: the schema is one side of an intersection, so it must not rule out what the other names."""
@@ -63,7 +62,11 @@ class Guard:
             schema = {}
         if not isinstance(schema, dict):
             raise InputError(f"{self._where}: expected a JSON schema, got {type(schema).__name__}")
-        node = dict(schema)
+        node = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
+        if not node:
+            return self._any(_FREE_LEVELS)
+        if node == {"type": "string"}:
+            return self._share("guarded-text", lambda: {"type": "string", "pattern": self._pattern})
         self._check_texts([node.get(key) for key in ("enum", "const", "required")])
         combined = any(key in node for key in _COMBINED)
         open_ended = not combined and "enum" not in node and "const" not in node
@@ -95,11 +98,11 @@ class Guard:
         """What the schema leaves open, said; names and strings guarded."""
         if "type" not in node:
             object_like = "properties" in node or "patternProperties" in node
-            kinds = ("object",) if object_like else ("array",) if "items" in node else _ALL_TYPES
-            node = {**any_json(kinds), **node} if len(kinds) > 1 else {"type": kinds[0], **node}
+            kind = "object" if object_like else "array" if "items" in node else list(_ALL_TYPES)
+            node = {"type": kind, **node}
         types = _types(node)
         if "array" in types and "prefixItems" not in node:
-            node.setdefault("items", any_json())
+            node.setdefault("items", {})
         if "object" in types:
             self._names(node, part)
         if self._bounded and ("number" in types or "integer" in types):
@@ -110,7 +113,7 @@ class Guard:
     def _names(self, node: dict[str, Any], part: bool) -> None:
         """Which names an object may have."""
         others = node.pop("additionalProperties", True)
-        others = any_json() if others is True else others
+        others = {} if others is True else others
         node["additionalProperties"] = False
         properties = dict(self._expect(node, "properties", dict)) if "properties" in node else {}
         self._check_texts(list(properties))
@@ -127,6 +130,30 @@ class Guard:
             return
         required = self._expect(node, "required", list) if "required" in node else []
         node["properties"] = {**properties, **{name: others for name in required if name not in properties}}
+
+    def _any(self, levels: int) -> dict[str, Any]:
+        """Any value with so many levels of lists and objects in it."""
+
+        def make() -> dict[str, Any]:
+            schema: dict[str, Any] = {
+                "type": list(_ALL_TYPES if levels else _ALL_TYPES[:4]),
+                "pattern": self._pattern,
+            }
+            if self._bounded:
+                schema |= {"minimum": -_BOUND, "maximum": _BOUND}
+            if levels:
+                inner = self._any(levels - 1)
+                names = {"patternProperties": {self._pattern: inner}, "additionalProperties": False}
+                schema |= {"items": inner, **names}
+            return schema
+
+        return self._share(f"guarded-any-{levels}", make)
+
+    def _share(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A reference to a definition, made if it is not there."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return {"$ref": f"#/$defs/{name}"}
 
     def _expect(self, node: dict[str, Any], key: str, kind: type) -> Any:
         if not isinstance(node[key], kind):

@@ -1,8 +1,11 @@
 """Which tokens a grammar allows next, as bit masks over the model's vocabulary."""
 
+import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 
 import llguidance
 import numpy as np
@@ -18,6 +21,8 @@ MAX_TEXT = 512 * 1024
 MAX_CACHED_TEXT = 16 * 1024 * 1024
 """Characters of all compiled grammars that are kept."""
 MAX_CACHED = 256
+
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+0-9.eE]+)')
 
 # Some tens of milliseconds of work each: to compile a grammar, and to compute one mask. See the library's
 # documentation of LLParserLimits for what the numbers count.
@@ -126,7 +131,7 @@ class Matcher:
     def accept(self, token: int) -> None:
         """Goes on by one token, which must be allowed. Errors: as `masks`, and InputError if it is not."""
         if not self._matcher.consume_token(token):
-            raise InputError(f"grammar: token {token} is not allowed here ({self._problem()})")
+            raise InputError(f"grammar: after token {token}: {self._problem()}")
 
     def copy(self) -> "Matcher":
         """A matcher at the same place that goes its own way."""
@@ -167,7 +172,25 @@ def _source(grammar: Grammar) -> str:
         "regex": llguidance.LLMatcher.grammar_from_regex,
         "lark": llguidance.LLMatcher.grammar_from_lark,
     }
-    return make[grammar.kind](grammar.text)
+    text = grammar.text
+    if grammar.kind == "json_schema":
+        try:
+            text = json.dumps(json.loads(text))  # one spelling of every key
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"grammar: not a JSON schema ({_one_line(str(error))})") from error
+    for match in _MULTIPLE.finditer(text):
+        _check_multiple(match[1])
+    return make[grammar.kind](text)
+
+
+def _check_multiple(value: str) -> None:
+    """The library's work grows with the square of a divisor, and nothing limits it."""
+    try:
+        _, digits, exponent = Decimal(value).normalize().as_tuple()
+    except InvalidOperation:
+        return  # no number: the library says so
+    if not isinstance(exponent, int) or len(digits) + max(exponent, 0) > 4 or exponent < -9:
+        raise InputError(f"grammar: multipleOf: expected at most 4 digits, got {value:.40}")
 
 
 def _has(mask: np.ndarray, token: int) -> bool:
