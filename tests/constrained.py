@@ -57,7 +57,7 @@ def allowed(mask: np.ndarray) -> list[int]:
 def write(
     matcher: Matcher, tokenizer: Tokenizer, rng: random.Random, patience: int = 30, limit: int = 800
 ) -> list[int] | None:
-    """Tokens up to the stop token; None if it did not come to an end. Looks for one after `patience` tokens."""
+    """Tokens up to the stop token, which is looked for after `patience` tokens; None if it never came."""
     tokens: list[int] = []
     while len(tokens) < limit:
         mask = matcher.masks()[0]
