@@ -184,15 +184,13 @@ class FileTier:
             self.bytes += record.nbytes
 
     def _make_room(self) -> bool:
-        if self._full() or self._unseen > _LOOK_AGAIN * self._capacity:
-            self._look()
-        return not self._full()
+        full = self.bytes + self._record_bytes > self._capacity
+        if full or self._unseen > _LOOK_AGAIN * self._capacity:
+            self._look(self._record_bytes)
+        return self.bytes + self._record_bytes <= self._capacity
 
-    def _full(self) -> bool:
-        return self.bytes + self._record_bytes > self._capacity
-
-    def _look(self) -> None:
-        """Counts what is there, everybody's; if a record more would not fit, the oldest go."""
+    def _look(self, room: int = 0) -> None:
+        """Counts what is there, everybody's; if `room` more bytes would not fit, the oldest go."""
         try:
             found = self._folder.records()
         except OSError as error:
@@ -201,9 +199,9 @@ class FileTier:
         self._unseen = 0
         with self._counts:
             self.pages, self.bytes = len(found), sum(entry.size for entry in found)
-        if not self._full():
+        if self.bytes + room <= self._capacity:
             return
-        goal = min(self._capacity - self._record_bytes, int((1 - _BATCH) * self._capacity))
+        goal = min(self._capacity - room, int((1 - _BATCH) * self._capacity))
         for entry in sorted(found):
             if self.bytes <= goal:
                 break
