@@ -55,7 +55,9 @@ class Turn:
         params = replace(
             params,
             stop_token_ids=(*tokenizer.stop_ids, *params.stop_token_ids),
-            grammar=answer_grammar(constraint, tools, family, thinking_open, tokenizer),
+            grammar=answer_grammar(
+                constraint, tools, family, thinking_open, tokenizer, may_think=thinking != "disabled"
+            ),
         )
         self._reader = _Reader(tools, family, thinking_open)
         self.completion_tokens = 0
