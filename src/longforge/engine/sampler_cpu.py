@@ -12,30 +12,32 @@ from torch import Tensor
 
 from longforge.engine.draws_cpu import uniform
 from longforge.engine.fixed_weights import LOG2_E, LOG_2, LOWEST, POWERS, SERIES, UNIT
-from longforge.engine.sampler_rows import LOW_64, Chosen, Edits, Row, edits, stacked_masks
+from longforge.engine.sampler_cpu_filters import drop_unlikely, keep_leading
+from longforge.engine.sampler_rows import LOW_64, Chosen, Edits, Row, edits, joined, stacked_masks
 from longforge.kernels.numba_host import compiled
 
 __all__ = ["choose", "top", "totals"]
 
-_BUCKETS = 1024
 _FEW = 64
+"""Alternatives that are found by insertion; more of them by sorting."""
 _POWERS = np.array(POWERS)
 _NO_MASKS = np.zeros((0, 0), dtype=np.uint32)
 _NO_INTEGERS = np.zeros(0, dtype=np.int64)
 _NO_REALS = np.zeros(0)
+_NO_EDITS = Edits(_NO_INTEGERS, _NO_REALS, _NO_REALS, _NO_REALS)
 _A12, _A11, _A10, _A9, _A8, _A7, _A6, _A5, _A4, _A3, _A2, _A1, _A0 = SERIES
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """A token per row, by inverse transform sampling over ascending ids. logits: fp32 [R, V]."""
+    vocab = logits.shape[-1]
     settings, words, edited, masked = [], [], False, False
     for row in rows:
         p = row.params
         settings.append((p.temperature, p.top_p, p.min_p))
-        words.append((row.seed & LOW_64, row.position, p.top_k))
+        words.append((row.seed & LOW_64, row.position, min(p.top_k, vocab)))
         edited |= bool(p.logit_bias) or p.needs_counts or row.generated < p.min_tokens
         masked |= row.mask is not None
-    vocab = logits.shape[-1]
     starts, change = _edits(rows, vocab) if edited else (_NO_INTEGERS, _NO_EDITS)
     masks, which = _masks(rows, vocab) if masked else (_NO_MASKS, _NO_INTEGERS)
     integers, reals = _choose(
@@ -64,14 +66,11 @@ def totals(logits: Tensor) -> tuple[list[float], list[int]]:
     return peaks.tolist(), sums.tolist()
 
 
-_NO_EDITS = Edits(_NO_INTEGERS, _NO_REALS, _NO_REALS, _NO_REALS)
-
-
 def _edits(rows: Sequence[Row], vocab: int) -> tuple[Any, Edits]:
     """(where each row's edits start, int64 [R + 1]; all rows' edits one after another)."""
     changes = [edits(row, vocab) or _NO_EDITS for row in rows]
     starts = np.cumsum([0, *(len(change.ids) for change in changes)], dtype=np.int64)
-    return starts, Edits(*(np.concatenate(parts) for parts in zip(*changes, strict=True)))
+    return starts, joined(changes)
 
 
 def _masks(rows: Sequence[Row], vocab: int) -> tuple[Any, Any]:
@@ -153,9 +152,9 @@ def _token(x, weights, peak, total, setting, word):
         return token
     top_k, top_p, min_p = np.int64(word[2]), setting[1], setting[2]
     if 0 < top_k < len(x) or top_p < 1:
-        total = _filter(x, weights, top_k if top_k > 0 else len(x), top_p, total)
+        total = keep_leading(x, weights, top_k if top_k > 0 else len(x), top_p, total)
     if min_p > 0:
-        total = _drop(weights, min_p * UNIT)
+        total = drop_unlikely(weights, min_p * UNIT)
     target = np.int64(uniform(word[0], word[1]) * total)
     token = 0
     mass = weights[0]
@@ -175,12 +174,19 @@ def _widen(source, x):
     return bad == 0
 
 
-@compiled(fastmath={"nnan", "nsz"})  # lets the comparison run in vectors; rows with NaN fail anyway
+@compiled()
 def _highest(x):
-    highest = -np.inf
-    for at in range(len(x)):
-        highest = x[at] if x[at] > highest else highest
-    return highest
+    """The maximum, NaN left out; four at a time, as each comparison waits for the one before."""
+    a = b = c = d = -np.inf
+    whole = len(x) // 4 * 4
+    for at in range(0, whole, 4):
+        a = x[at] if x[at] > a else a
+        b = x[at + 1] if x[at + 1] > b else b
+        c = x[at + 2] if x[at + 2] > c else c
+        d = x[at + 3] if x[at + 3] > d else d
+    for at in range(whole, len(x)):
+        a = x[at] if x[at] > a else a
+    return max(max(a, b), max(c, d))
 
 
 @compiled()
@@ -212,95 +218,3 @@ def _weigh(x, peak, temperature, weights):
         weights[at] = np.int64(np.rint(series * _POWERS[np.int64(halvings)]))
         total += weights[at]
     return total
-
-
-@compiled()
-def _drop(weights, lowest):
-    """Empties the weights below `lowest`; the sum of the others."""
-    total = 0
-    for at in range(len(weights)):
-        weights[at] = weights[at] if weights[at] >= lowest else 0
-        total += weights[at]
-    return total
-
-
-@compiled()
-def _filter(x, weights, top_k, top_p, total):
-    """Top-k, then top-p on what it left: empties the weights of the others; the sum of what stays."""
-    size = 0
-    ids = np.empty(len(x), dtype=np.int64)
-    for at in range(len(x)):
-        ids[size] = at
-        size += weights[at] > 0
-    ids = ids[:size]
-    if size > top_k:
-        ids, total = _leading(x, weights, ids, top_k, np.inf)
-    if top_p < 1:
-        ids, total = _leading(x, weights, ids, len(ids), top_p * total)
-    kept = weights[ids]
-    weights[:] = 0
-    weights[ids] = kept
-    return total
-
-
-@compiled()
-def _leading(x, weights, ids, count, limit):
-    """The ids, ascending, that lead in the order of (x descending, id ascending): at most `count`, and those
-    before which less than `limit` of mass lies. Returns (ids that stay, in no order; their mass).
-
-    Each round spreads the range of x over buckets, keeps the leading buckets that stay whole and goes on
-    inside the first that does not.
-    """
-    kept = np.empty(min(count, len(ids)), dtype=np.int64)
-    size = mass = 0
-    counts, masses = np.empty(_BUCKETS, dtype=np.int64), np.empty(_BUCKETS, dtype=np.int64)
-    buckets = np.empty(len(ids), dtype=np.int64)
-    while len(ids) > _FEW:
-        low, high = _range(x, ids)
-        if not 0 < high - low < np.inf:
-            break
-        counts[:] = 0
-        masses[:] = 0
-        for at in range(len(ids)):
-            bucket = np.int64((high - x[ids[at]]) / (high - low) * (_BUCKETS - 1))
-            buckets[at] = bucket
-            counts[bucket] += 1
-            masses[bucket] += weights[ids[at]]
-        edge = 0
-        while edge < _BUCKETS and size + counts[edge] <= count and mass + masses[edge] < limit:
-            size += counts[edge]
-            mass += masses[edge]
-            edge += 1
-        ids = _split(ids, buckets, edge, kept, size)
-    order = np.argsort(-x[ids], kind="mergesort")
-    for at in order:
-        if size == count or not mass < limit:
-            break
-        kept[size] = ids[at]
-        mass += weights[ids[at]]
-        size += 1
-    return kept[:size], mass
-
-
-@compiled()
-def _range(x, ids):
-    low = high = x[ids[0]]
-    for at in ids:
-        low, high = min(low, x[at]), max(high, x[at])
-    return low, high
-
-
-@compiled()
-def _split(ids, buckets, edge, kept, end):
-    """Puts the ids of the buckets before `edge` into `kept` up to `end`; returns those of bucket `edge`."""
-    inside = np.empty(len(ids), dtype=np.int64)
-    size = 0
-    for at in range(len(ids) - 1, -1, -1):
-        if buckets[at] < edge:
-            end -= 1
-            kept[end] = ids[at]
-    for at in range(len(ids)):
-        if buckets[at] == edge:
-            inside[size] = ids[at]
-            size += 1
-    return inside[:size]

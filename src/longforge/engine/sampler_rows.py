@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from longforge.engine.token_counts import TokenCounts
 from longforge.protocol import SamplingParams
 
-__all__ = ["LOW_64", "Chosen", "Edits", "Row", "edits", "stacked_masks"]
+__all__ = ["LOW_64", "Chosen", "Edits", "Row", "edits", "joined", "stacked_masks"]
 
 LOW_64 = 2**64 - 1
 """The bits of a seed that count."""
@@ -50,7 +50,7 @@ class Chosen(NamedTuple):
 
 
 class Edits(NamedTuple):
-    """How single logits of one row change; E distinct tokens.
+    """How single logits of one row change, each array [E] for E distinct tokens.
 
     x becomes (x / repetition if x > 0 else x * repetition) - taken + added.
     """
@@ -80,8 +80,13 @@ def edits(row: Row, vocab: int) -> Edits | None:
         bias[:] = [added.pop(token, 0.0) for token in ids.tolist()]
     if not added:
         return Edits(ids, repetition, taken, bias)
-    both = zip(Edits(ids, repetition, taken, bias), _added(added), strict=True)
-    return Edits(*(np.concatenate(pair) for pair in both))
+    return joined([Edits(ids, repetition, taken, bias), _added(added)])
+
+
+def joined(changes: Sequence[Edits]) -> Edits:
+    """The edits one after another."""
+    ids, repetition, taken, added = zip(*changes, strict=True)
+    return Edits(*map(np.concatenate, (ids, repetition, taken, added)))
 
 
 def stacked_masks(rows: Sequence[Row], vocab: int) -> tuple[NDArray[np.uint32], list[int]]:
