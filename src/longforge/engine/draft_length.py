@@ -17,7 +17,7 @@ WORTH = 1.02
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """Seconds (or any unit) of a step and of a pass of the draft module by rows; between them, straight lines."""
+    """Seconds (or any unit) of a step and of a draft pass, by rows; between them, straight lines."""
 
     rows: tuple[int, ...] = (1, 64)
     step: tuple[float, ...] = (1.0, 7.3)

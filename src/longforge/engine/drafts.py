@@ -2,8 +2,8 @@
 
 The module takes the hidden state of position t-1 and the token of position t and predicts the token of t+1.
 Its keys for that pair stand at position t (`model.KVCache` says why), so before it can guess behind the known
-tokens it must have seen every pair up to the newest known token. Pairs that are not needed for a guess yet are
-kept until one is, or until their page is full: a page that others can find has all its draft keys.
+tokens it must have seen every pair up to the newest known token. Pairs that are not needed for a guess yet
+are kept until one is, or until their page is full: a page that others can find has all its draft keys.
 
 A second and third guess feed the module its own output in place of the hidden state; the keys of such a pair
 are overwritten with the true ones as soon as these are known.
