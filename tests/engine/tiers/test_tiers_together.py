@@ -1,6 +1,7 @@
 """Both tiers through their one door: what comes back is the page, as far as it is whole and pays."""
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -136,6 +137,19 @@ def test_the_head_of_a_path_leaves_memory_after_its_tail():
     tiers.store(KEYS[4], 4)
     tiers.store(KEYS[5], 5)
     assert tiers.longest_run(KEYS[:4]) == 2
+
+
+def test_files_that_were_loaded_are_young_again_the_head_of_the_path_most(tmp_path: Path):
+    tiers = open_tiers(small_pool(), tmp_path)
+    store_all(tiers, KEYS)
+    paths = [file_of(tmp_path, key) for key in KEYS]
+    for path in paths:
+        os.utime(path, (1_000, 1_000))
+    assert tiers.load(KEYS[:4], [0, 1, 2, 3]) == 4
+    times = [path.stat().st_mtime_ns for path in paths]
+    assert times[:4] == sorted(times[:4], reverse=True)
+    assert min(times[:4]) > 2_000 * 10**9 > max(times[4:])
+    tiers.close()
 
 
 def test_a_page_that_is_held_is_not_stored_again(tmp_path: Path):

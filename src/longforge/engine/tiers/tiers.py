@@ -70,17 +70,20 @@ class Tiers:
         keys = keys[: self._worth(keys)]
         self._use(keys)
         spent: dict[str, list[float]] = {HOST: [], FILES: []}
+        from_files: list[bytes] = []
         for key, page in zip(keys, pages[: len(keys)], strict=True):
             started = self._clock()
             tier = self._restore(PageName(self._namespace, key), page)
             if tier is None:
                 break
             spent[tier].append(self._clock() - started)
+            if tier == FILES:
+                from_files.append(key)
         for tier, seconds in spent.items():
             self._hits[tier] += len(seconds)
             self.gate.saw_load(tier, len(seconds) * self._format.record_bytes, sum(seconds))
         restored = sum(map(len, spent.values()))
-        self._use(keys[:restored])
+        self._use(keys[:restored], from_files)
         return restored
 
     def store(self, key: bytes, page: int) -> bool:
@@ -145,11 +148,14 @@ class Tiers:
                 return first
         return len(run)
 
-    def _use(self, keys: Sequence[bytes]) -> None:
+    def _use(self, keys: Sequence[bytes], files: Sequence[bytes] = ()) -> None:
         # Last first: the head of a path must not be the first of it to leave.
-        for key in reversed(keys):
-            if self._host is not None:
+        if self._host is not None:
+            for key in reversed(keys):
                 self._host.get(key)
+        if self._files is not None:
+            for key in reversed(files):
+                self._files.touch(PageName(self._namespace, key))
 
     def _restore(self, name: PageName, page: int) -> str | None:
         """Brings one page back; from which tier, or None."""
@@ -162,7 +168,6 @@ class Tiers:
         record = self._files.get(name) if self._files is not None else None
         if record is None or self._files is None or not self._format.unpack(record, page, name):
             return None
-        self._files.touch(name)
         if self._host is not None:
             self._host.put(name.key, record)
         return FILES
