@@ -65,6 +65,9 @@ class ArgumentWriter:
         self._path = [_Value("", schema, 0, form="object")]
         self._new = ["{"]
         self._taken: list[str] = []
+        self._run: list[str] = []  # text since the last tag, where no text is an argument's
+        self.run_is_blank = True
+        """Whether only whitespace came since the last tag outside a text argument."""
         self.stray: list[str] = []
 
     @property
@@ -96,6 +99,7 @@ class ArgumentWriter:
 
     def open(self, name: str) -> bool:
         """An argument or a part of the innermost one begins. False: nothing can begin inside a text."""
+        self.end_run()
         parent = self._path[-1]
         if len(self._path) > MAX_NESTING or not (parent.form == "void" or self._holds(parent, name)):
             return False
@@ -111,13 +115,13 @@ class ArgumentWriter:
         return True
 
     def add(self, text: str) -> None:
-        """Text inside the innermost open argument."""
+        """Text inside the innermost open argument, or where none is open."""
         value = self._path[-1]
         if not text:
             return
         if value.form in ("object", "list", "void") or value.children:
-            if value.form == "void" or not text.isspace():
-                self.stray.append(text)
+            self._run.append(text)
+            self.run_is_blank = self.run_is_blank and text.isspace()
         elif value.form == "string":
             self._string(value, text)
         else:
@@ -128,6 +132,7 @@ class ArgumentWriter:
     def close(self, *, whole: bool = True) -> None:
         """The innermost open argument ends. Cut off (not `whole`), what it holds stays text; nothing if it
         holds none."""
+        self.end_run()
         value = self._path.pop()
         if value.form == "string":
             if value.parts and not whole:
@@ -143,6 +148,19 @@ class ArgumentWriter:
             value.is_cut = not whole
             self._begin(value)
             self._new.append(json.dumps(self._read(value, value.schema), ensure_ascii=False))
+
+    def take_run(self) -> str:
+        """The text since the last tag, which is not stray after all."""
+        run = "".join(self._run)
+        self._run.clear()
+        self.run_is_blank = True
+        return run
+
+    def end_run(self) -> None:
+        """The text since the last tag is none of the arguments."""
+        if not self.run_is_blank:
+            self.stray += self._run
+        self.take_run()
 
     def end(self, *, whole: bool = True) -> None:
         """All that is open ends, and the arguments with it."""

@@ -35,16 +35,12 @@ class CallReader:
         self._arguments = ArgumentWriter(family, Schema(schema))
         self._doubtful: list[str] = []  # a tag that may be text, and what follows it
         self._doubtful_body = ""
-        self._run: list[str] = []  # text where no argument is open
-        self._run_is_blank = True
 
     def step(self, scanner: Scanner) -> bool:
         """Go on by one tag; False when that needs more text."""
         in_value = self._arguments.in_value
         text, tag = scanner.until(self._syntax.value if in_value else self._syntax.outside)
-        if not in_value:
-            self._add_to_run(text)
-        elif self._doubtful:
+        if self._doubtful:
             self._doubtful.append(text)
         else:
             self._arguments.add(text)
@@ -81,9 +77,8 @@ class CallReader:
         return ToolCall(self.name, self._arguments.arguments())
 
     def stray(self) -> str:
-        """Text inside the call that is none of its arguments; "" if it is only whitespace."""
-        text = "".join(self._arguments.stray)
-        return "" if text.isspace() else text
+        """Text inside the call that is none of its arguments."""
+        return "".join(self._arguments.stray)
 
     def _outside(self, tag: Match[str]) -> bool:
         """A tag with no argument open. Whether it is dealt with; a tag that ends the call is not passed."""
@@ -94,7 +89,6 @@ class CallReader:
                 return body == "invoke"
             self._close_nothing(tag)
             return True
-        self._end_run()
         name = self._name_of(body)
         if name is None:
             self._end()
@@ -105,19 +99,18 @@ class CallReader:
 
     def _close_nothing(self, tag: Match[str]) -> None:
         """A closing tag of no open argument: of one whose opening tag the model left out, or of nothing."""
+        arguments = self._arguments
         if tag[0].startswith("<"):
-            self._add_to_run("" if self._run_is_blank else tag[0])
-        elif self._run_is_blank or self._arguments.has(tag["body"]):
-            self._end_run()
+            arguments.add("" if arguments.run_is_blank else tag[0])
+        elif arguments.run_is_blank or arguments.has(tag["body"]):
+            arguments.end_run()
         else:
-            run = "".join(self._run)
-            self._run.clear()
+            run = arguments.take_run()
             start = _ELIDED.match(run)
             assert start is not None, "an empty match is one too"
-            self._arguments.open(tag["body"])
-            self._arguments.add(run[start.end() :])
-            self._arguments.close()
-            self._end_run()
+            arguments.open(tag["body"])
+            arguments.add(run[start.end() :])
+            arguments.close()
 
     def _inside(self, tag: Match[str]) -> bool:
         """A tag inside an argument. Whether it is dealt with."""
@@ -210,17 +203,5 @@ class CallReader:
         return any(ending.startswith(rest) for ending in endings)
 
     def _end(self, *, whole: bool = True) -> None:
-        self._end_run()
         self._arguments.end(whole=whole)
         self.ended = True
-
-    def _add_to_run(self, text: str) -> None:
-        self._run.append(text)
-        self._run_is_blank = self._run_is_blank and not text.strip()
-
-    def _end_run(self) -> None:
-        """Text between arguments is none of them."""
-        if not self._run_is_blank:
-            self._arguments.stray += self._run
-        self._run.clear()
-        self._run_is_blank = True
