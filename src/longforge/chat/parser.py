@@ -9,8 +9,9 @@ Rules beyond the released formats (choices):
 - A closing think tag at the very start of an M3 answer is a thought that was skipped: thinking "". Elsewhere
   in content it is text. Inside thinking only the closing tag means something.
 - What stands between calls and is none (text, a call without a name, an argument outside a call) is content,
-  in place, and the block goes on after it. A block without any call is content as it was written. Closing
-  tags of nothing and whitespace are dropped there, and so is whitespace after a block.
+  in place, and the block goes on after it; before the first call the block's own tag is content with it. A
+  block without any call is content as it was written. Closing tags of nothing and whitespace are dropped
+  between calls, and so is whitespace after a block.
 - A call that was begun is always ended, and its JSON is valid: by its own end, the next call, the next
   block, the end of the block or the end of the text. Arguments that are still open then end there.
 - A call that the text's end cuts off (`ChatParser.cut_off`) has the arguments that came so far: a string as
@@ -22,10 +23,12 @@ Rules beyond the released formats (choices):
 - M3's model leaves out the opening tag of a call's first argument: text there, up to a closing tag with a
   name, is that argument. A lost bracket (`]<]minimax[>[invoke`) is forgiven.
 - Text may hold tags. M2: the last `</parameter>` before the next argument, call, `</invoke>` or end of block
-  closes an argument; M3: the tag with its name does. `</invoke>` or the end of a block before that closing
-  tag is text if it still comes before another call does, else it is what it looks like. M3: in a string, the
-  opening tag of an argument that the schema knows and that was not given ends the string; a closing tag of
-  another name, followed by a tag that can only stand outside, closes it.
+  closes an argument; M3: the tag with its name does. While an argument is open, `</invoke>` or the end of a
+  block is its text if the argument's own closing tag comes before another call, and is what it looks like
+  otherwise; the text from there on waits for that. M3: in a string, the opening tag of an argument that the
+  schema knows and that was not given ends the string; a closing tag of another name is text if the string's
+  own comes next, and closes it otherwise. What cannot be told: M2 text that holds `</parameter>` and then
+  what may follow one.
 - M3's brackets come with the first nested tag; of a nested value whose schema says neither list nor object
   and which starts with `<item>`, when it is closed.
 - Arguments nested deeper than `schema.MAX_NESTING` levels stay text.
@@ -51,7 +54,8 @@ class Delta:
     """A stretch of thinking or of content, or a part of a tool call.
 
     A call comes as call_start, any number of call_arguments, call_end; two calls never overlap. The texts of
-    its call_arguments together are the JSON of `call_end.call.arguments`.
+    its call_arguments together are the JSON of `call_end.call.arguments`. Thinking and content stand outside
+    calls, and every call that starts ends.
     """
 
     kind: Literal["thinking", "content", "call_start", "call_arguments", "call_end"]
