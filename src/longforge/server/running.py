@@ -110,10 +110,10 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end now."""
-        draining = self._drain is not None and self._drained_at < math.inf
-        if draining and (self._drain.idle() or time.monotonic() >= self._drained_at):
-            return True
-        return await super().on_tick(counter)
+        ended = await super().on_tick(counter)
+        if self._drain is None or self._drained_at == math.inf:
+            return ended
+        return ended or self._drain.idle() or time.monotonic() >= self._drained_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
