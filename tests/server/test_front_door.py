@@ -170,7 +170,7 @@ def test_too_many_or_too_large_headers_are_refused(guarded: Guarded):
 
 
 async def ask(door: Door, path: str = "/health", method: str = "GET", **headers: str) -> httpx.Response:
-    application, loop = app(door)
+    application, _ = app(door)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(application), base_url="http://localhost:8000"
     ) as client:
