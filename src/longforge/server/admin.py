@@ -61,7 +61,7 @@ def admin_router(service: Service) -> APIRouter:
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> dict[str, int]:
         """Forgets all cached pages that nobody uses."""
-        return {"pages": await loop.reset_cache()}  # pyright: ignore[reportAttributeAccessIssue]
+        return {"pages": await loop.reset_cache()}
 
     return router
 

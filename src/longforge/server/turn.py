@@ -60,7 +60,9 @@ class Turn:
         params = replace(
             params,
             stop_token_ids=(*(tokenizer.stop_ids if stop_ids is None else stop_ids), *params.stop_token_ids),
-            grammar=answer_grammar(constraint, tools, family, thinking_open, tokenizer),
+            grammar=answer_grammar(
+                constraint, tools, family, thinking_open, tokenizer, may_think=thinking != "disabled"
+            ),
         )
         self.stop_ids = frozenset(params.stop_token_ids)
         """Tokens that end the answer and are no part of its text."""
