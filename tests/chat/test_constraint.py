@@ -99,7 +99,7 @@ def answer(
     return None if tokens is None else parse(tokenizer.decode(tokens[:-1]), family, tools, thinking_open)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     st.lists(PARAMETERS, min_size=1, max_size=2),
     st.sampled_from(["m2", "m3"]),

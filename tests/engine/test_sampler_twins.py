@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longforge.engine import sampler_cpu, sampler_torch
@@ -29,7 +29,7 @@ def asked(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
         temperature=draw(st.sampled_from([0.0, 5e-324, 1e-30, 1e-6, 0.3, 1.0, 1.0, 2.0, 1e6, 1e300])),
         top_k=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 1000, 2**70])),
-        top_p=draw(st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.75, 0.5, 0.25, 0.1, 1e-9])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.75, 0.5, 0.25, 0.1, 1e-9, 5e-324])),
         min_p=draw(st.sampled_from([0.0, 0.0, 1e-6, 0.1, 0.5, 1.0])),
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5, -2.0])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.1, -1.0])),
@@ -60,6 +60,7 @@ def rows_of(draw: st.DrawFn, vocab: int) -> Row:
     )
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.data())
 def test_both_twins_choose_the_same_tokens(data: st.DataObject):
     vocab = data.draw(st.integers(10, 75))
@@ -106,6 +107,7 @@ def test_logits_spaced_by_powers_of_two_are_filtered_as_by_sorting(scale: float)
         assert sampler_cpu.choose(logits, [row]) == sampler_torch.choose(logits, [row])
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(VALUES, min_size=1, max_size=90), st.integers(1, 90))
 def test_both_twins_list_the_same_alternatives(values: list[float], count: int):
     logits = torch.tensor(values, dtype=torch.float32)
@@ -114,6 +116,7 @@ def test_both_twins_list_the_same_alternatives(values: list[float], count: int):
     assert len(fast[0]) == min(count, len(values))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_the_compiled_draw_is_the_published_one(seed: int, position: int):
     one = uniform(np.uint64(seed), np.uint64(position))

@@ -22,7 +22,7 @@ from longforge.chat.patterns import whole_text_pattern
 from longforge.chat.schema import Schema
 from longforge.chat.tokenizer import Tokenizer
 from longforge.chat.tokens import CALL_PREFIX, Family
-from longforge.chat.tool_schema import Forms, forms_of, inlined
+from longforge.chat.tool_schema import Budget, Forms, forms_of, inlined
 from longforge.errors import InputError
 from longforge.protocol import ToolSpec
 
@@ -57,6 +57,8 @@ class CallGrammar:
         self._family: Family = family
         self._tokenizer = tokenizer
         self._prefix = CALL_PREFIX if family == "m3" else ""
+        self._budget = Budget()
+        self._markups: dict[str, list[str | int]] = {}
         self._words = _VALUE_WORDS[family]
 
     def block(self, tools: Sequence[ToolSpec], parallel: bool) -> tuple[str, str]:
@@ -71,7 +73,9 @@ class CallGrammar:
         return head, self._rules.rule(f"{opening} {call}{'+' if parallel else ''} {closing}")
 
     def _markup(self, text: str) -> list[str | int]:
-        return markup(text, self._tokenizer)
+        if text not in self._markups:
+            self._markups[text] = markup(text, self._tokenizer)
+        return self._markups[text]
 
     def _symbols(self, text: str) -> str:
         return symbols(self._markup(text))
@@ -80,7 +84,7 @@ class CallGrammar:
         where = f"tools: {tool.name}"
         if not _NAME.fullmatch(tool.name):
             raise InputError(f"{where}: such a name cannot be written in a call")
-        schema = inlined(tool.parameters, where)
+        schema = inlined(tool.parameters, where, self._budget)
         objects = forms_of(schema, where).objects or [{"type": "object"}]
         if "anyOf" in schema or schema.get("type", "object") != "object":
             raise InputError(f"{where}: parameters: expected a schema of type object")

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from longforge.chat.lark import text_without
-from longforge.chat.schema import MAX_NESTING, too_deep
+from longforge.chat.schema_limits import check_limits
 from longforge.errors import InputError
 
 __all__ = ["Guard"]
@@ -30,7 +30,7 @@ class Guard:
     Errors: InputError about `where`.
     """
 
-    def __init__(self, words: Sequence[str], where: str, *, bounded: bool = False) -> None:
+    def __init__(self, words: tuple[str, ...], where: str, *, bounded: bool = False) -> None:
         self._words = words
         self._pattern = f"^{text_without(words)}$"
         self._where = where
@@ -40,10 +40,9 @@ class Guard:
     def rewrite(self, schema: dict[str, Any]) -> dict[str, Any]:
         """What is left of `schema`.
 
-        Errors: InputError if it is no schema, is nested too deeply, or insists on a text that is ruled out.
+        Errors: InputError if it is no schema, is too much work, or insists on a text that is ruled out.
         """
-        if too_deep(schema):
-            raise InputError(f"{self._where}: nested deeper than {MAX_NESTING} levels")
+        check_limits(schema, self._where)
         self._shared = {}
         node = self._node(schema, False)
         if self._shared:

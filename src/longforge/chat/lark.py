@@ -6,6 +6,7 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from longforge.chat.tokenizer import Tokenizer
@@ -80,7 +81,8 @@ def _escaped(character: str) -> str:
     return character if _PLAIN.match(character) or ord(character) >= 128 else rf"\x{ord(character):02x}"
 
 
-def text_without(words: Sequence[str]) -> str:
+@cache
+def text_without(words: tuple[str, ...]) -> str:
     """A pattern of every text in which no `<` is followed by one of the words. No word holds a `<`."""
     return f"[^<]*(?:<{_not_on_to(words)})*"
 

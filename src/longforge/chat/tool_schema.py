@@ -7,10 +7,10 @@ from typing import Any
 from longforge.chat.schema import look_up
 from longforge.errors import InputError
 
-__all__ = ["Forms", "forms_of", "inlined"]
+__all__ = ["Budget", "Forms", "forms_of", "inlined"]
 
 MAX_PARTS = 5000
-"""Schemas within one tool's schema, each reference counted as what it stands for."""
+"""Schemas within the schemas of all tools, each reference counted as what it stands for."""
 MAX_LEVELS = 40
 
 _TYPES = ("string", "integer", "number", "boolean", "null", "object", "array")
@@ -34,6 +34,13 @@ _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 @dataclass
+class Budget:
+    """How many schemas may still be looked at: the work of writing a grammar is in proportion."""
+
+    left: int = MAX_PARTS
+
+
+@dataclass
 class Forms:
     """What a value may be. `anything` stands for all other fields."""
 
@@ -48,26 +55,26 @@ class Forms:
     arrays: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inlined(schema: Any, where: str) -> dict[str, Any]:
+def inlined(schema: Any, where: str, budget: Budget) -> dict[str, Any]:
     """The schema without references and annotations.
 
     Its only keywords are `anyOf`, alone, or type, enum, const and what narrows a type. `format` and keywords
     that JSON Schema does not know are annotations. Errors: InputError naming `where` and the keyword that
     cannot be served, or saying that the schema refers to itself or is too large.
     """
-    return _Inliner(schema, where).node(schema, frozenset(), 0)
+    return _Inliner(schema, where, budget).node(schema, frozenset(), 0)
 
 
 class _Inliner:
-    def __init__(self, root: Any, where: str) -> None:
+    def __init__(self, root: Any, where: str, budget: Budget) -> None:
         self._root = root
         self._where = where
-        self._parts = 0
+        self._budget = budget
 
     def node(self, schema: Any, seen: frozenset[str], level: int) -> dict[str, Any]:
-        self._parts += 1
-        if self._parts > MAX_PARTS or level > MAX_LEVELS:
-            raise self._error(f"too large; at most {MAX_PARTS} parts and {MAX_LEVELS} levels")
+        self._budget.left -= 1
+        if self._budget.left < 0 or level > MAX_LEVELS:
+            raise self._error(f"too large; at most {MAX_PARTS} parts in all tools and {MAX_LEVELS} levels")
         if schema is True:
             return {}
         if not isinstance(schema, dict):

@@ -8,6 +8,7 @@ Not thread-safe: one thread owns an engine (in the server, `server.engine_loop`)
 """
 
 import secrets
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.drafts import Drafter
 from longforge.engine.grammar import Grammars
+from longforge.engine.page_mover import PageMover, TierSettings
 from longforge.engine.pages import PagePool
 from longforge.engine.prefix_cache import PrefixCache
 from longforge.engine.request import EngineStats, GenerationRequest, RequestFailed, TokenEvent, check_request
@@ -24,6 +26,7 @@ from longforge.engine.runner import Runner, Stretch
 from longforge.engine.sampler import TokenCounts
 from longforge.engine.scheduler import Scheduler, Work
 from longforge.engine.sequence import Sequence
+from longforge.engine.tiers import TiersStats
 from longforge.engine.weights import check_weights, copy_weights
 from longforge.errors import EngineError, InputError
 from longforge.model.causal_lm import CausalLM
@@ -38,8 +41,8 @@ class Engine:
     pages: pages in the pool, each of `model.config.block_size` tokens; together they also bound the context.
     max_running: most sequences that generate at once. max_batch_tokens: most tokens in one forward pass.
     prefix_cache: whether pages are kept for later prompts. drafts: most tokens that the model's MTP module
-    guesses ahead, 0 to 3; 0 without a module. grammars: what serves requests with a grammar; without it they
-    are refused.
+    guesses ahead, 0 to 3; 0 without a module. draft_costs: what decides how many are worth it. tiers: where
+    pages are kept beside the pool. grammars: serves requests with a grammar; without it they are refused.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Engine:
         prefix_cache: bool = True,
         drafts: int = 0,
         draft_costs: DraftCosts | None = None,
+        tiers: TierSettings | None = None,
         grammars: Grammars | None = None,
     ) -> None:
         _check_sizes(pages, max_running, max_batch_tokens, drafts)
@@ -69,11 +73,14 @@ class Engine:
             model.eval(), pages=pages, max_running=max_running, context=self.context, drafts=drafts > 0
         )
         self._drafter = Drafter(self._runner, drafts, draft_costs or DraftCosts()) if drafts else None
+        wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)
+        self._mover = PageMover(tiers, self._runner, self._cache) if wanted and tiers else None
         self._scheduler = Scheduler(
             self._cache,
             max_running=max_running,
             max_batch_tokens=max_batch_tokens,
             spare=drafts,
+            restore=self._mover and self._mover.restore,
             on_preempt=self._adopt,
         )
         self._results = Results(self._runner, model.version)
@@ -144,17 +151,15 @@ class Engine:
         blocks: list[Tensor] | None = (
             [] if any(item.sequence.request.report_blocks for item in work) else None
         )
+        started = time.perf_counter()
         hidden = self._runner.run([_stretch(item) for item in work], blocks)
-        self._prompt_tokens += sum(
-            min(item.tokens, max(0, len(item.sequence.request.prompt_ids) - item.sequence.computed))
-            for item in work
-        )
+        self._count_prompts(work, started)
         events, ended = self._results.take(work, hidden, blocks)
         sequences = [item.sequence for item in work]
         if self._drafter is not None:
             self._drafter.propose(sequences, ended)
         for sequence in sequences:
-            self._runner.replace_pages(sequence, self._scheduler.publish(sequence))
+            self._publish(sequence)
         for sequence in ended:
             del self._sequences[sequence.request.id]
             self._scheduler.remove(sequence)
@@ -175,6 +180,8 @@ class Engine:
         copy_weights(state, target)
         self._results.version = self._runner.model.version = version
         self.reset_cache()
+        if self._mover is not None:
+            self._mover.new_weights()
         for sequence in self._sequences.values():
             if sequence.row < 0:
                 self._adopt(sequence)
@@ -184,6 +191,15 @@ class Engine:
         for sequence in self._scheduler.running:
             sequence.root = None
         return self._cache.forget()
+
+    def close(self) -> None:
+        """Lets pages that wait to be written to files get there."""
+        if self._mover is not None:
+            self._mover.close()
+
+    def tier_stats(self) -> TiersStats | None:
+        """What the slower tiers did; None without any."""
+        return self._mover and self._mover.stats()
 
     def stats(self) -> EngineStats:
         """Counters and occupancy now."""
@@ -234,6 +250,22 @@ class Engine:
         """Says where a sequence without pages will find and leave some: under the weights of now."""
         if self._caching and sequence.request.cache:
             sequence.root = (self.version, sequence.request.tenant)
+            sequence.page_keys = []
+
+    def _publish(self, sequence: Sequence) -> None:
+        before = sequence.published
+        self._runner.replace_pages(sequence, self._scheduler.publish(sequence))
+        if self._mover is not None:
+            self._mover.keep(sequence, range(before, sequence.published))
+
+    def _count_prompts(self, work: list[Work], started: float) -> None:
+        prompts = [
+            min(item.tokens, max(0, len(item.sequence.request.prompt_ids) - item.sequence.computed))
+            for item in work
+        ]
+        self._prompt_tokens += sum(prompts)
+        if self._mover is not None and max(prompts) > 1:
+            self._mover.saw_prefill(sum(prompts), time.perf_counter() - started)
 
     def _show_pages(self, sequence: Sequence) -> None:
         let_in = sequence.shown == 0

@@ -1,28 +1,25 @@
 """Which tokens a grammar allows next, as bit masks over the model's vocabulary."""
 
 import json
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 
 import llguidance
 import numpy as np
 
 from longforge.chat import Tokenizer
+from longforge.chat.schema_limits import check_limits
 from longforge.errors import InputError
 from longforge.protocol import Grammar
 
 __all__ = ["Grammars", "Matcher"]
 
-MAX_TEXT = 512 * 1024
+MAX_TEXT = 256 * 1024
 """Characters of a grammar."""
 MAX_CACHED_TEXT = 16 * 1024 * 1024
 """Characters of all compiled grammars that are kept."""
 MAX_CACHED = 256
-
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+0-9.eE]+)')
 
 # Some tens of milliseconds of work each: to compile a grammar, and to compute one mask. See the library's
 # documentation of LLParserLimits for what the numbers count.
@@ -61,6 +58,8 @@ class Grammars:
 
     def start(self, grammar: Grammar) -> "Matcher":
         """A matcher that has seen nothing yet. The compiled grammar is kept for the next request.
+
+        What JSON schemas embedded in Lark may be is up to who wrote the Lark (`chat/schema_limits.py`).
 
         Errors: InputError for a grammar that is invalid, uses what is not supported, or is too large.
         """
@@ -172,25 +171,13 @@ def _source(grammar: Grammar) -> str:
         "regex": llguidance.LLMatcher.grammar_from_regex,
         "lark": llguidance.LLMatcher.grammar_from_lark,
     }
-    text = grammar.text
     if grammar.kind == "json_schema":
         try:
-            text = json.dumps(json.loads(text))  # one spelling of every key
+            schema = json.loads(grammar.text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"grammar: not a JSON schema ({_one_line(str(error))})") from error
-    for match in _MULTIPLE.finditer(text):
-        _check_multiple(match[1])
-    return make[grammar.kind](text)
-
-
-def _check_multiple(value: str) -> None:
-    """The library's work grows with the square of a divisor, and nothing limits it."""
-    try:
-        _, digits, exponent = Decimal(value).normalize().as_tuple()
-    except InvalidOperation:
-        return  # no number: the library says so
-    if not isinstance(exponent, int) or len(digits) + max(exponent, 0) > 4 or exponent < -9:
-        raise InputError(f"grammar: multipleOf: expected at most 4 digits, got {value:.40}")
+        check_limits(schema, "grammar")
+    return make[grammar.kind](grammar.text)
 
 
 def _has(mask: np.ndarray, token: int) -> bool:

@@ -33,7 +33,7 @@ def keep_leading(x, weights, top_k, top_p, total):
     if size > top_k:
         ids, total = _leading(x, weights, ids, top_k, np.inf)
     if top_p < 1:
-        ids, total = _leading(x, weights, ids, len(ids), top_p * total)
+        ids, total = _leading(x, weights, ids, len(ids), max(top_p * total, 1.0))
     kept = weights[ids]
     weights[:] = 0
     weights[ids] = kept

@@ -105,6 +105,7 @@ def _inside(ordered: Tensor, rows: Sequence[Row]) -> Tensor:
     inside = torch.arange(vocab, device=device) < top_k
     ordered = ordered * inside
     mass = ordered.cumsum(dim=-1)
-    # A token stays if those likelier than it do not yet hold top_p; so the likeliest always stays.
-    inside &= ((mass - ordered).double() < top_p * mass[:, -1:].double()) | (top_p >= 1)
+    # A token stays if those likelier than it do not yet hold top_p; the likeliest always does.
+    enough = (top_p * mass[:, -1:].double()).clamp(min=1)
+    inside &= ((mass - ordered).double() < enough) | (top_p >= 1)
     return inside & (ordered.double() >= min_p * UNIT)

@@ -32,6 +32,7 @@ class Sequence:
         "known",
         "limit",
         "matcher",
+        "page_keys",
         "pages",
         "prompt_tokens",
         "published",
@@ -62,6 +63,8 @@ class Sequence:
         """Leading pages that the prefix cache knows."""
         self.root: Hashable | None = None
         """Where its pages belong in the prefix cache; None: they are not to be found by others."""
+        self.page_keys: list[bytes] = []
+        """Names of its leading pages in the slower tiers, as far as they were needed."""
         self.row = -1
         """Row of the page table while running."""
         self.shown = 0
