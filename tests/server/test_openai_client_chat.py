@@ -203,10 +203,8 @@ def test_an_answer_does_not_end_before_min_tokens(taught: Any):
 
 CALLS = {"tools": TOOLS, "max_tokens": 200}
 NAMED = {"type": "function", "function": {"name": "grep"}}
-NEEDS_GRAMMAR = pytest.mark.xfail(strict=False, reason="constrained answers are not served yet")
 
 
-@NEEDS_GRAMMAR
 @pytest.mark.parametrize(("choice", "finish"), [("required", "tool_calls"), (NAMED, "stop")])
 def test_a_required_call_comes_and_tells_it_as_openai_does(served: Any, choice: Any, finish: str):
     answer = ask(served, **CALLS, seed=1, tool_choice=choice, parallel_tool_calls=False).choices[0]
@@ -217,7 +215,6 @@ def test_a_required_call_comes_and_tells_it_as_openai_does(served: Any, choice: 
     assert chunks[-1].choices[0].finish_reason == finish
 
 
-@NEEDS_GRAMMAR
 def test_content_follows_the_schema_asked_for(served: Any):
     schema = {
         "type": "object",

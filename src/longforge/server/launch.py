@@ -9,6 +9,7 @@ import torch
 from longforge.chat import Tokenizer
 from longforge.chat.tokens import EOS
 from longforge.engine import Engine
+from longforge.engine.grammar import Grammars
 from longforge.errors import CheckpointError, InputError
 from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
@@ -137,6 +138,7 @@ def load(
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
         max_running=max_running,
         max_batch_tokens=max(2048, max_running),
+        grammars=Grammars(tokenizer, config.vocab_size),
     )
     engine.warm_up()
     loop = EngineLoop(engine, threads=threads, max_requests=max_requests, max_tokens=max_queued_tokens)
