@@ -14,6 +14,7 @@ from longforge import __version__
 from longforge.chat import Tokenizer
 from longforge.errors import LongforgeError
 from longforge.server.admin import admin_router
+from longforge.server.anthropic.routes import messages_router
 from longforge.server.chat import chat_router
 from longforge.server.completions import completions_router
 from longforge.server.engine_loop import EngineLoop
@@ -38,6 +39,7 @@ def create_app(engine_loop: EngineLoop, tokenizer: Tokenizer, model_name: str) -
     app = FastAPI(title="Longforge", version=__version__, lifespan=lifespan)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
+    app.include_router(messages_router(service))
     app.include_router(admin_router(service))
     _add_information(app, service)
     _add_errors(app)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from longforge.chat import Family, ThinkingMode, encode_prompt, starts_in_thinking
 from longforge.chat.constraint import Constraint, answer_grammar
@@ -10,6 +11,7 @@ from longforge.chat.parser import ChatParser, Delta, message_of
 from longforge.engine import TokenEvent
 from longforge.protocol import Message, SamplingParams, StopReason, ToolSpec
 from longforge.server.answer import Answer
+from longforge.server.budget import BudgetedAnswer
 from longforge.server.replies import new_call_id
 from longforge.server.service import Caller, Service
 
@@ -30,7 +32,8 @@ class Turn:
     """One answer to a conversation. It is refused in the constructor or not at all; `close` it when done.
 
     params: its stop tokens are added here. eager: parts come token by token, else all at the end. Each call
-    has an id from its call_start on; calls are text where no tools were offered. Errors: InputError,
+    has an id from its call_start on; calls are text where no tools were offered. thinking_budget: most tokens
+    of thinking where the prompt opens it; then it is closed for the model. Errors: InputError,
     ContextOverflow, EngineError.
     """
 
@@ -48,29 +51,43 @@ class Turn:
         eager: bool,
         priority: int = 0,
         report_blocks: bool = False,
+        thinking_budget: int | None = None,
     ) -> None:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
         prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
         thinking_open = starts_in_thinking(family, thinking)
+        budgeted = thinking_budget is not None and thinking_open
         params = replace(
             params,
             stop_token_ids=(*tokenizer.stop_ids, *params.stop_token_ids),
-            grammar=answer_grammar(constraint, tools, family, thinking_open, tokenizer),
+            grammar=answer_grammar(constraint, tools, family, thinking_open and not budgeted, tokenizer),
         )
         self._reader = _Reader(tools, family, thinking_open)
         self.completion_tokens = 0
         self.thinking_tokens = 0
         """Of these, tokens that ended while the model was still thinking."""
-        self._answer = Answer(
+        open_answer = partial(
+            Answer,
             service.loop,
             tokenizer,
-            prompt,
-            params,
             stops=stops,
             eager=eager,
             tenant=caller.tenant,
             priority=priority,
             report_blocks=report_blocks,
+        )
+        self._answer = (
+            open_answer(prompt, params)
+            if thinking_budget is None or not thinking_open
+            else BudgetedAnswer(
+                open_answer,
+                prompt,
+                params,
+                budget=thinking_budget,
+                family=family,
+                tokenizer=tokenizer,
+                context=service.loop.engine.context,
+            )
         )
 
     @property
