@@ -19,6 +19,7 @@ from longforge.server.chat import chat_router
 from longforge.server.completions import completions_router
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.invalid import describe_invalid
+from longforge.server.responses.routes import responses_router
 from longforge.server.service import ClientGone, Service, error_reply, failed, model_check
 
 __all__ = ["create_app"]
@@ -40,6 +41,7 @@ def create_app(engine_loop: EngineLoop, tokenizer: Tokenizer, model_name: str) -
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
     app.include_router(messages_router(service))
+    app.include_router(responses_router(service))
     app.include_router(admin_router(service))
     _add_information(app, service)
     _add_errors(app)

@@ -15,8 +15,9 @@ from longforge.server.answer import Answer, Part
 __all__ = ["BudgetedAnswer"]
 
 CLOSE: dict[Family, str] = {"m2": "</think>", "m3": "</mm:think>"}
-CLOSE_BY_FORCE: dict[Family, str] = {"m2": "\n</think>\n\n", "m3": "</mm:think>"}
-"""As the templates write it."""
+BEFORE_CLOSE: dict[Family, str] = {"m2": "\n", "m3": ""}
+AFTER_CLOSE: dict[Family, str] = {"m2": "\n\n", "m3": ""}
+"""What the templates write around it."""
 
 
 class BudgetedAnswer:
@@ -77,23 +78,24 @@ class BudgetedAnswer:
             if not self._goes_on(part.reason, sampled, closing_ids):
                 yield part
                 return
-            yield Part(part.text + closing, part.events, None)
-            # No other request can come between these two lines and take the place of this one.
+            # Nothing awaits between these two lines, so no other request can take the place of this one.
             self._answer.close()
             self._answer = self._open(
                 (*self.prompt_ids, *sampled, *closing_ids),
                 replace(self._params, max_tokens=self._params.max_tokens - len(sampled)),
             )
+            yield Part(part.text + closing, part.events, None)
         async for part in self._answer.parts():
             yield part
 
     def _closing(self, sampled: Sequence[int], text: str) -> tuple[str, list[int]]:
         """What ends the thinking: text that the parts still lack, and ids that the model still lacks."""
+        close, after = CLOSE[self._family], AFTER_CLOSE[self._family]
         if self._close_id is not None and sampled[-1] == self._close_id:
-            return CLOSE[self._family], []
-        if CLOSE[self._family] in text:
+            return close + after, self._tokenizer.encode(after)
+        if close in text:
             return "", []
-        by_force = CLOSE_BY_FORCE[self._family]
+        by_force = BEFORE_CLOSE[self._family] + close + after
         return by_force, self._tokenizer.encode(by_force)
 
     def _goes_on(self, reason: StopReason, sampled: Sequence[int], closing_ids: Sequence[int]) -> bool:

@@ -16,12 +16,12 @@ from longforge.server.anthropic.events import (
     Usage,
     Writer,
     message_of_events,
-    sse,
     start,
     stop_reason,
 )
 from longforge.server.patience import with_silences
 from longforge.server.seal import Seal
+from longforge.server.wire_bytes import named_sse
 
 SEAL = Seal("small", b"secret")
 STARTED = start("small", Usage(5, 2, 1))
@@ -116,7 +116,7 @@ def test_each_error_has_its_type(error: Any, status: int, kind: str):
 
 def test_half_a_surrogate_pair_in_arguments_stays_valid_json():
     event = {"type": "x", "text": "\ud800é"}
-    data = sse(event).decode().split("data: ")[1]
+    data = named_sse(event).decode().split("data: ")[1]
     assert json.loads(data) == event
 
 

@@ -41,6 +41,7 @@ class AnthropicRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            headers: dict[str, str] = {}
             try:
                 return await handler(request)
             except ClientGone:
@@ -52,10 +53,12 @@ class AnthropicRoute(APIRoute):
             except HTTPException as error:
                 status = error.status_code
                 body = error_body(str(error.detail), KINDS.get(status, KINDS[400]))
+                headers |= error.headers or {}
             except Exception:
                 logger.exception("%s %s failed", request.method, request.url.path)
                 status, body = 500, error_body("server: an internal error, see its log", KINDS[500])
-            headers = {"retry-after": RETRY_SECONDS} if status in (429, 529) else None
+            if status in (429, 529):
+                headers.setdefault("retry-after", RETRY_SECONDS)
             return JSONResponse(body, status, headers)
 
         return handle

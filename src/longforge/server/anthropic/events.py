@@ -22,9 +22,7 @@ __all__ = [
     "Usage",
     "Writer",
     "error_body",
-    "json_bytes",
     "message_of_events",
-    "sse",
     "start",
     "stop_reason",
 ]
@@ -194,14 +192,3 @@ def message_of_events(events: Sequence[Event]) -> dict[str, Any]:
 def error_body(message: str, kind: str) -> dict[str, Any]:
     """An error in Anthropic's form; also the event of one."""
     return {"type": "error", "error": {"type": kind, "message": message}}
-
-
-def sse(event: Event) -> bytes:
-    """One server-sent event, with its name."""
-    return f"event: {event['type']}\ndata: ".encode() + json_bytes(event) + b"\n\n"
-
-
-def json_bytes(body: Any) -> bytes:
-    """JSON on the wire. Half a surrogate pair, which a model may write into arguments, stays an escape."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")

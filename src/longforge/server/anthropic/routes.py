@@ -16,9 +16,7 @@ from longforge.server.anthropic.events import (
     Usage,
     Writer,
     error_body,
-    json_bytes,
     message_of_events,
-    sse,
     start,
     stop_reason,
 )
@@ -27,6 +25,7 @@ from longforge.server.patience import with_silences
 from longforge.server.seal import Seal, echo_headers
 from longforge.server.service import EventStream, Service, caller_of, unless_gone
 from longforge.server.turn import Turn, TurnPart
+from longforge.server.wire_bytes import json_bytes, named_sse
 
 __all__ = ["messages_router"]
 
@@ -124,14 +123,14 @@ async def _stream(answer: _Answering, silence: float) -> AsyncIterator[bytes]:
         async with aclosing(with_silences(answer.turn.parts(), silence)) as parts:
             async for part in parts:
                 if part is None:
-                    yield sse(PING) if answer.started else WAITING
+                    yield named_sse(PING) if answer.started else WAITING
                     continue
                 for event in answer.events(part):
-                    yield sse(event)
+                    yield named_sse(event)
     except LongforgeError as error:
-        yield sse(told(error)[1])
+        yield named_sse(told(error)[1])
         return
-    yield sse({"type": "message_stop"})
+    yield named_sse({"type": "message_stop"})
 
 
 def _wrong_model(service: Service, body: CountRequest) -> JSONResponse | None:

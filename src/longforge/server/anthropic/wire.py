@@ -184,7 +184,7 @@ class CountRequest(Body):
         return Constraint(
             calls="required" if choice.type in ("any", "tool") else "free",
             tool=choice.name,
-            parallel=not choice.disable_parallel_tool_use,
+            parallel=not (choice.disable_parallel_tool_use and self.offered_tools),
             schema=output.json_schema if output else None,
         )
 
