@@ -78,13 +78,14 @@ class BudgetedAnswer:
             if not self._goes_on(part.reason, sampled, closing_ids):
                 yield part
                 return
-            # Nothing awaits between these two lines, so no other request can take the place of this one.
+            # Nothing was awaited since the first leg ended, so no other request took its place meanwhile.
             self._answer.close()
             self._answer = self._open(
                 (*self.prompt_ids, *sampled, *closing_ids),
                 replace(self._params, max_tokens=self._params.max_tokens - len(sampled)),
             )
-            yield Part(part.text + closing, part.events, None)
+            pieces = [*part.pieces[:-1], part.pieces[-1] + closing]
+            yield Part("".join(pieces), part.events, None, pieces)
         async for part in self._answer.parts():
             yield part
 

@@ -1,6 +1,7 @@
 """From a model folder to a running server."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +14,13 @@ from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
 from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
-from longforge.server.running import bind, run_server, url_of
+from longforge.server.front_door import LOOPBACK_HOSTS, Door
+from longforge.server.keys import ApiKeys
+from longforge.server.running import Drain, bind, run_server, url_of
 
-__all__ = ["default_pages", "load", "serve"]
+__all__ = ["default_pages", "load", "serve", "served_hosts"]
+
+KEY_VARIABLE = "LONGFORGE_API_KEY"
 
 POOL_REQUESTS = 16
 """The default pool holds this many requests that fill the context, if they fit POOL_BYTES."""
@@ -32,17 +37,38 @@ def serve(
     threads: int | None = None,
     pages: int | None = None,
     max_running: int = 64,
+    max_requests: int = 1024,
+    max_queued_tokens: int = 64_000_000,
+    api_key_file: Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    max_body_bytes: int = 64 * 2**20,
+    drain_seconds: float = 30.0,
 ) -> None:
     """Serves a model folder (None: the shipped demo model) until Ctrl-C or SIGTERM.
 
     name: the model's name in requests (None: the folder's). port: 0 picks a free one. threads: CPU threads
-    (None: as torch finds). pages: pages in the pool. Prints one line with the URL when it is ready. Errors:
-    InputError for a port in use or a bad number, CheckpointError for the folder; before anything is served.
+    (None: as torch finds). pages: pages in the pool. max_requests, max_queued_tokens: most open requests and
+    most prompt tokens of them; more are refused until some are done. api_key_file: lines name:key; a single
+    key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that requests may give
+    the server beside those of a loopback address. drain_seconds: how long open answers may go on after the
+    first signal. Prints one line with the URL when it is ready. Errors: InputError for a port in use or a bad
+    number, ConfigError for the keys, CheckpointError for the folder; before anything is served.
     """
+    door = Door(
+        ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
+        served_hosts(host, allowed_hosts),
+        max_body_bytes,
+    )
     listener = bind(host, port)  # first, so that a port in use is told before a model is loaded
     try:
         engine_loop, tokenizer, model_name = load(
-            model, name=name, threads=threads, pages=pages, max_running=max_running
+            model,
+            name=name,
+            threads=threads,
+            pages=pages,
+            max_running=max_running,
+            max_requests=max_requests,
+            max_queued_tokens=max_queued_tokens,
         )
     except BaseException:
         listener.close()
@@ -57,8 +83,21 @@ def serve(
             flush=True,
         )
 
-    app = create_app(engine_loop, tokenizer, model_name)
-    run_server(app, listener, on_ready=announce, on_stop=engine_loop.stop)
+    app = create_app(engine_loop, tokenizer, model_name, door=door)
+    drain = Drain(engine_loop.drain, lambda: engine_loop.open_requests == 0, drain_seconds)
+    run_server(app, listener, on_ready=announce, on_stop=engine_loop.stop, drain=drain)
+
+
+def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
+    """The names that requests may give a server that listens on `host`; None for any.
+
+    On a loopback address only its own, so that a web page cannot reach the server under a name that it lets
+    point there. Elsewhere any, unless some are named.
+    """
+    named = frozenset(name.lower() for name in more)
+    if host in LOOPBACK_HOSTS or host == "::1" or host.startswith("127."):
+        return LOOPBACK_HOSTS | {host} | named
+    return named or None
 
 
 def load(
@@ -68,6 +107,8 @@ def load(
     threads: int | None = None,
     pages: int | None = None,
     max_running: int = 64,
+    max_requests: int = 1024,
+    max_queued_tokens: int = 64_000_000,
 ) -> tuple[EngineLoop, Tokenizer, str]:
     """A warm engine in its loop (not started), the tokenizer and the model's name; arguments of `serve`."""
     keep_freed_memory()
@@ -98,7 +139,8 @@ def load(
         max_batch_tokens=max(2048, max_running),
     )
     engine.warm_up()
-    return EngineLoop(engine, threads=threads), tokenizer, name or folder.resolve().name
+    loop = EngineLoop(engine, threads=threads, max_requests=max_requests, max_tokens=max_queued_tokens)
+    return loop, tokenizer, name or folder.resolve().name
 
 
 def default_pages(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:

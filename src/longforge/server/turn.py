@@ -31,10 +31,11 @@ class TurnPart:
 class Turn:
     """One answer to a conversation. It is refused in the constructor or not at all; `close` it when done.
 
-    params: its stop tokens are added here. eager: parts come token by token, else all at the end. Each call
-    has an id from its call_start on; calls are text where no tools were offered. thinking_budget: most tokens
-    of thinking where the prompt opens it; then it is closed for the model. Errors: InputError,
-    ContextOverflow, EngineError.
+    params: the model's stop tokens (stop_ids, if given, in their place) are added here. eager: parts come
+    token by token, else all at the end. prompt_ids: the conversation as ids, where it was encoded before.
+    thinking_budget: most tokens of thinking where the prompt opens it; then it is closed for the model.
+    Each call has an id from its call_start on; calls are text where no tools were offered. Errors:
+    InputError, ContextOverflow, EngineError.
     """
 
     def __init__(
@@ -51,17 +52,23 @@ class Turn:
         eager: bool,
         priority: int = 0,
         report_blocks: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+        stop_ids: Sequence[int] | None = None,
         thinking_budget: int | None = None,
     ) -> None:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
-        prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
+        prompt = prompt_ids
+        if prompt is None:
+            prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
         thinking_open = starts_in_thinking(family, thinking)
         budgeted = thinking_budget is not None and thinking_open
         params = replace(
             params,
-            stop_token_ids=(*tokenizer.stop_ids, *params.stop_token_ids),
+            stop_token_ids=(*(tokenizer.stop_ids if stop_ids is None else stop_ids), *params.stop_token_ids),
             grammar=answer_grammar(constraint, tools, family, thinking_open and not budgeted, tokenizer),
         )
+        self.stop_ids = frozenset(params.stop_token_ids)
+        """Tokens that end the answer and are no part of its text."""
         self._reader = _Reader(tools, family, thinking_open)
         self.completion_tokens = 0
         self.thinking_tokens = 0
@@ -75,6 +82,7 @@ class Turn:
             tenant=caller.tenant,
             priority=priority,
             report_blocks=report_blocks,
+            observer=service.observer,
         )
         self._answer = (
             open_answer(prompt, params)
@@ -118,22 +126,41 @@ class Turn:
         """The parts in order; the last one has a reason. Errors: EngineError if the engine stops."""
         async for part in self._answer.parts():
             self.completion_tokens += len(part.events)
-            deltas = self._reader.push(part.text)
-            if self._reader.thinking:
-                self.thinking_tokens += len(part.events)
+            deltas: list[Delta] = []
+            for piece in part.pieces:
+                deltas += self._reader.push(piece)
+                self.thinking_tokens += self._reader.thinking
             if part.reason is not None:
                 deltas += self._reader.finish()
-            yield TurnPart(deltas, part.events, part.reason)
+            yield TurnPart(_joined(deltas), part.events, part.reason)
 
     async def whole(self) -> tuple[Message, StopReason]:
         """The whole answer as one message, and why it ended."""
+        message, reason, _ = await self.whole_with_events()
+        return message, reason
+
+    async def whole_with_events(self) -> tuple[Message, StopReason, list[TokenEvent]]:
+        """The same, and its tokens."""
         deltas: list[Delta] = []
+        events: list[TokenEvent] = []
         reason = None
         async for part in self.parts():
             deltas += part.deltas
+            events += part.events
             reason = part.reason
         assert reason is not None, "a whole answer has ended"
-        return message_of(deltas), reason
+        return message_of(deltas), reason, events
+
+
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """Neighbours of the same kind of text as one."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        if joined and delta.call is None and joined[-1].kind == delta.kind:
+            joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
+        else:
+            joined.append(delta)
+    return joined
 
 
 class _Reader:
