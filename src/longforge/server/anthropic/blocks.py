@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from longforge.chat.schema import MAX_NESTING, too_deep
+from longforge.server.wire import Body
 
 __all__ = [
     "AssistantBlock",
-    "Body",
     "RedactedThinkingBlock",
     "TextBlock",
     "ThinkingBlock",
@@ -18,12 +18,6 @@ __all__ = [
     "UserBlock",
     "text_of",
 ]
-
-
-class Body(BaseModel):
-    """Refuses unknown fields and does not turn one type into another."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class CacheControl(Body):

@@ -14,14 +14,17 @@ from pydantic import Field, field_validator, model_validator
 
 from longforge.chat import ThinkingMode
 from longforge.chat.constraint import Constraint
-from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.protocol import SamplingParams, ToolSpec
-from longforge.server.anthropic.blocks import AssistantBlock, Body, CacheControl, TextBlock, UserBlock
+from longforge.server.anthropic.blocks import AssistantBlock, CacheControl, TextBlock, UserBlock
+from longforge.server.sampling_fields import MAX_STOP_CHARACTERS, MAX_STOPS
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, check_schema
 
 __all__ = ["CountRequest", "MessagesRequest", "WireMessage"]
 
-MAX_STOPS = 64
 SMALLEST_BUDGET = 1024
+
+
+StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class UserMessage(Body):
@@ -73,9 +76,8 @@ class Tool(Body):
 
     @field_validator("input_schema")
     @classmethod
-    def _not_too_deep(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if too_deep(value):
-            raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+    def _servable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_schema(value)
         return value
 
     @property
@@ -122,6 +124,12 @@ class OutputFormat(Body):
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
+    @field_validator("json_schema")
+    @classmethod
+    def _servable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_schema(value)
+        return value
+
 
 class OutputConfig(Body):
     """The form of the answer."""
@@ -153,9 +161,9 @@ class CountRequest(Body):
     """Body of POST /v1/messages/count_tokens: a conversation."""
 
     model: str
-    messages: list[WireMessage] = Field(min_length=1)
+    messages: list[WireMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: str | list[TextBlock] | None = None
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -196,9 +204,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        default=None, max_length=MAX_STOPS
-    )
+    stop_sequences: list[StopSequence] | None = Field(default=None, max_length=MAX_STOPS)
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto"] | None = None

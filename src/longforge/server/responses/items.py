@@ -6,23 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall
 from longforge.server.seal import Echo, Seal, Verdict
 from longforge.server.tool_answers import in_call_order
+from longforge.server.wire import Body
 
-__all__ = ["Body", "Item", "read_items"]
+__all__ = ["CallItem", "Item", "MessageItem", "OutputItem", "ReasoningItem", "read_items"]
 
 Status = Literal["in_progress", "completed", "incomplete"]
-
-
-class Body(BaseModel):
-    """Refuses unknown fields and does not turn one type into another."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(Body):
@@ -76,7 +71,7 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[ReasoningText] = []
+    summary: list[ReasoningText] = Field(default_factory=list)
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
     status: Status | None = None

@@ -13,16 +13,12 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from longforge.chat import ThinkingMode
 from longforge.chat.constraint import Constraint
-from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.protocol import SamplingParams, ToolSpec
-from longforge.server.responses.items import Body, Item
+from longforge.server.chat_request import DEFAULT_CHAT_TOKENS
+from longforge.server.responses.items import Item
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, check_schema
 
 __all__ = ["ResponsesRequest"]
-
-DEFAULT_OUTPUT_TOKENS = 1024
-"""Longest answer of a request that names no limit, as in Chat Completions."""
-
-ENCRYPTED = "reasoning.encrypted_content"
 
 
 class FunctionTool(Body):
@@ -44,9 +40,8 @@ class FunctionTool(Body):
 
     @field_validator("parameters")
     @classmethod
-    def _not_too_deep(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if too_deep(value):
-            raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+    def _servable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_schema(value or {})
         return value
 
     @property
@@ -77,8 +72,7 @@ class Format(Body):
     def _schema_with_its_type(self) -> "Format":
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("a schema belongs to type 'json_schema', and to no other type")
-        if too_deep(self.json_schema):
-            raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+        check_schema(self.json_schema or {})
         return self
 
 
@@ -111,14 +105,14 @@ class ResponsesRequest(Body):
     """Body of POST /v1/responses."""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: list[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
@@ -182,8 +176,8 @@ class ResponsesRequest(Body):
 
     @property
     def limit(self) -> int:
-        """Most tokens of the answer."""
-        return self.max_output_tokens or DEFAULT_OUTPUT_TOKENS
+        """Most tokens of the answer; without a word the same as in Chat Completions."""
+        return self.max_output_tokens or DEFAULT_CHAT_TOKENS
 
     @property
     def params(self) -> SamplingParams:
