@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from longforge import __version__
-from small_server import HTTP, GREP, QUESTION
 from longforge.chat import encode_prompt
 from longforge.server.wire import message_body, tool_body
+from small_server import GREP, HTTP, QUESTION
 
 
 def post(served: Any, path: str, **body: Any) -> Any:

@@ -48,8 +48,8 @@ def test_streamed_choices_carry_their_index_and_add_up_to_the_whole_ones(served:
     for choice in whole.choices:
         mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
         assert mine[0].delta.role == "assistant"
-        assert sum((c.token_ids for c in mine), []) == choice.token_ids
-        assert sum((c.weight_versions for c in mine), []) == choice.weight_versions
+        assert [value for c in mine for value in c.token_ids] == choice.token_ids
+        assert [value for c in mine for value in c.weight_versions] == choice.weight_versions
         assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
         assert mine[0].prompt_token_ids == choice.prompt_token_ids == whole.prompt_token_ids
 

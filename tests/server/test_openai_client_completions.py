@@ -39,9 +39,9 @@ def test_streamed_answers_carry_their_index_and_add_up(served: Any):
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     for choice in whole.choices:
         mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
-        assert sum((c.token_ids for c in mine), []) == choice.token_ids
+        assert [value for c in mine for value in c.token_ids] == choice.token_ids
         assert "".join(c.text for c in mine) == choice.text
-        assert sum((c.logprobs.text_offset for c in mine), []) == choice.logprobs.text_offset
+        assert [value for c in mine for value in c.logprobs.text_offset] == choice.logprobs.text_offset
         assert mine[-1].finish_reason == choice.finish_reason
 
 
