@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from longforge.chat.tokens import CALL_PREFIX, Family
 from longforge.protocol import ToolCall
 
-__all__ = ["Piece", "call_pieces", "call_text"]
+__all__ = ["Piece", "call_pieces", "call_text", "value_text"]
 
 
 class Piece(NamedTuple):
@@ -31,6 +31,11 @@ def call_pieces(call: ToolCall, family: Family) -> Iterator[Piece]:
 def call_text(call: ToolCall, family: Family) -> str:
     """The same as one string."""
     return "".join(piece.text for piece in call_pieces(call, family))
+
+
+def value_text(value: Any, family: Family) -> str:
+    """The text of one argument that has no tags inside."""
+    return _m2_value(value) if family == "m2" else _scalar(value)
 
 
 def _m3_call(call: ToolCall) -> Iterator[Piece]:

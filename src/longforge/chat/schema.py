@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["MAX_NESTING", "Schema", "too_deep"]
+__all__ = ["MAX_NESTING", "Schema", "look_up", "too_deep"]
 
 MAX_NESTING = 100
 """Levels of lists and objects that a call's arguments may have: what reads and writes them is recursive."""
@@ -93,7 +93,7 @@ def _variants(schema: Any, root: Any, seen: frozenset[str]) -> Iterator[dict[str
     yield schema
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        yield from _variants(_look_up(root, reference), root, seen | {reference})
+        yield from _variants(look_up(root, reference), root, seen | {reference})
     for key in ("anyOf", "oneOf", "allOf"):
         for inner in _list(schema.get(key)):
             yield from _variants(inner, root, seen)
@@ -111,7 +111,7 @@ def _types(schema: Any, root: Any, seen: frozenset[str]) -> frozenset[str]:
         return frozenset(map(_type_name, values))
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        return _types(_look_up(root, reference), root, seen | {reference})
+        return _types(look_up(root, reference), root, seen | {reference})
     for key in ("anyOf", "oneOf"):
         found = [_types(inner, root, seen) for inner in _list(schema.get(key))]
         if found:
@@ -132,7 +132,7 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "string")
 
 
-def _look_up(root: Any, reference: str) -> Any:
+def look_up(root: Any, reference: str) -> Any:
     """The part of `root` that a reference like #/$defs/Point names, or None."""
     if not reference.startswith("#"):
         return None

@@ -65,7 +65,14 @@ class Turn:
         params = replace(
             params,
             stop_token_ids=(*(tokenizer.stop_ids if stop_ids is None else stop_ids), *params.stop_token_ids),
-            grammar=answer_grammar(constraint, tools, family, thinking_open and not budgeted, tokenizer),
+            grammar=answer_grammar(
+                constraint,
+                tools,
+                family,
+                thinking_open and not budgeted,
+                tokenizer,
+                may_think=thinking != "disabled" and not budgeted,
+            ),
         )
         self.stop_ids = frozenset(params.stop_token_ids)
         """Tokens that end the answer and are no part of its text."""
