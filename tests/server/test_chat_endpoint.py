@@ -78,6 +78,31 @@ def test_a_stream_adds_up_to_the_whole_answer(taught: Any):
     assert calls[0].id.startswith("call_")
 
 
+def test_a_call_is_named_before_its_arguments_are_written(taught: Any):
+    chunks = list(ask(taught, tools=TOOLS, stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in calls] == ["grep"] + [None] * (len(calls) - 1)
+    fragments = [call.function.arguments for call in calls]
+    assert fragments[0] == "" and fragments[1] == "{" and len(fragments) > 3
+    assert "".join(fragments) == '{"limit": 3}'
+
+
+def test_a_call_that_the_limit_cuts_off_has_valid_arguments_and_ends_with_length(taught: Any):
+    whole = ask(taught, tools=TOOLS).usage.completion_tokens
+    cut = 0
+    for limit in range(whole - 8, whole, 3):
+        choice = ask(taught, tools=TOOLS, max_tokens=limit).choices[0]
+        assert choice.finish_reason == "length"
+        chunks = list(ask(taught, tools=TOOLS, max_tokens=limit, stream=True))
+        assert chunks[-1].choices[0].finish_reason == "length"
+        parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        for call in choice.message.tool_calls or ():
+            cut += 1
+            assert json.loads(call.function.arguments) in ({}, {"limit": 3}, {"limit": "3"})
+            assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    assert cut > 0
+
+
 def test_the_clients_own_stream_helper_understands_the_stream(taught: Any):
     with taught.client.chat.completions.stream(model="small", messages=[USER], tools=TOOLS) as stream:
         final = stream.get_final_completion()

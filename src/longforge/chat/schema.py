@@ -46,6 +46,11 @@ class Schema:
                 return Schema(properties[name], self._root)
         return self._first("additionalProperties")
 
+    def has_property(self, name: str) -> bool:
+        """Whether an object of this schema is said to have a property `name`."""
+        variants = _variants(self._schema, self._root, frozenset())
+        return any(name in each for v in variants if isinstance(each := v.get("properties"), dict))
+
     def items(self) -> "Schema":
         """The schema of an array's items."""
         return self._first("items")
@@ -72,10 +77,10 @@ class Schema:
         return Schema(next((v[key] for v in variants if isinstance(v.get(key), dict)), {}), self._root)
 
 
-def too_deep(value: Any) -> bool:
-    """Whether a JSON value has more than MAX_NESTING levels of lists and objects."""
+def too_deep(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Whether a JSON value has more than so many levels of lists and objects."""
     level = [value]
-    for _ in range(MAX_NESTING):
+    for _ in range(levels):
         level = [inner for outer in level for inner in _members(outer)]
     return any(isinstance(inner, dict | list) for inner in level)
 
