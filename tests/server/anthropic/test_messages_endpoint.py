@@ -143,29 +143,38 @@ def test_without_tools_or_with_choice_none_a_call_is_text(taught: Served):
         assert "grep" in answer.content[1].text
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"type": "any"},
-        {"type": "tool", "name": "grep"},
-        {"type": "auto", "disable_parallel_tool_use": True},
-    ],
-)
-@pytest.mark.xfail(strict=False, reason="required calls need the grammar of answers")
-def test_a_choice_of_tools_is_obeyed(served: Served, choice: Any):
-    answer = ask(served, tool_choice=choice, temperature=0, max_tokens=60, thinking=None)
-    assert [block.type for block in answer.content].count("tool_use") <= 1
-    if choice["type"] != "auto":
-        assert answer.stop_reason == "max_tokens" or answer.content[-1].name == "grep"
+CHOICES: list[Any] = [
+    {"type": "any"},
+    {"type": "tool", "name": "grep"},
+    {"type": "any", "disable_parallel_tool_use": True},
+]
+MASKED = pytest.mark.xfail(strict=False, reason="the engine does not sample within grammars yet")
 
 
-@pytest.mark.xfail(strict=False, reason="schemas need the grammar of answers")
+@pytest.mark.parametrize("choice", [*CHOICES, {"type": "auto", "disable_parallel_tool_use": True}])
+def test_a_choice_of_tools_lets_the_model_think_and_call(taught: Served, choice: Any):
+    answer = ask(taught, tool_choice=choice)
+    assert [block.type for block in answer.content] == ["thinking", "tool_use"]
+
+
+@MASKED
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_required_call_is_all_that_a_model_can_say(served: Served, choice: Any):
+    answer = ask(served, tool_choice=choice, temperature=0, thinking=None)
+    assert {block.type for block in answer.content} == {"tool_use"}
+    assert {block.name for block in answer.content} == {"grep"}
+    if "disable_parallel_tool_use" in choice:
+        assert len(answer.content) == 1
+
+
+@MASKED
 def test_an_output_format_is_obeyed(served: Served):
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     answer = ask(
         served,
         tools=None,
         thinking=None,
+        max_tokens=600,
         output_config={
             "format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}
         },

@@ -134,21 +134,31 @@ def test_without_tools_a_call_is_text(taught: Served, without: dict[str, Any]):
     assert "grep" in answer.output_text
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "grep"}])
-@pytest.mark.xfail(strict=False, reason="required calls need the grammar of answers")
-def test_a_choice_of_tools_is_obeyed(served: Served, choice: Any):
+CHOICES: list[Any] = ["required", {"type": "function", "name": "grep"}]
+MASKED = pytest.mark.xfail(strict=False, reason="the engine does not sample within grammars yet")
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_of_tools_lets_the_model_think_and_call(taught: Served, choice: Any):
+    answer = ask(taught, tool_choice=choice)
+    assert [item.type for item in answer.output] == ["reasoning", "function_call"]
+    assert answer.tool_choice == choice or answer.tool_choice.model_dump() == choice
+
+
+@MASKED
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_required_call_is_all_that_a_model_can_say(served: Served, choice: Any):
     answer = ask(served, tool_choice=choice, temperature=0, reasoning={"effort": "none"})
-    assert answer.status == "incomplete" or answer.output[-1].name == "grep"
+    assert {(item.type, item.name) for item in answer.output} == {("function_call", "grep")}
 
 
-@pytest.mark.xfail(strict=False, reason="single calls need the grammar of answers")
 def test_calls_may_be_one_at_a_time(taught: Served):
     answer = ask(taught, parallel_tool_calls=False)
     assert [item.type for item in answer.output].count("function_call") == 1
 
 
+@MASKED
 @pytest.mark.parametrize("kind", ["json_schema", "json_object"])
-@pytest.mark.xfail(strict=False, reason="schemas need the grammar of answers")
 def test_a_text_format_is_obeyed(served: Served, kind: str):
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     named = (
