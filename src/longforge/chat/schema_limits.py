@@ -10,7 +10,7 @@ from longforge.errors import InputError
 __all__ = ["check_limits"]
 
 # Compilers compare the members of one list with each other, so the limits are on the whole schema's members.
-_MOST = {"patternProperties": 16, "oneOf": 40, "allOf": 40, "anyOf": 500, "properties": 2000, "enum": 10_000}
+_MOST = {"patternProperties": 16, "oneOf": 40, "allOf": 40, "anyOf": 500, "properties": 1000, "enum": 10_000}
 _MOST_PARTS = 20_000
 
 

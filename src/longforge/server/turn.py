@@ -199,7 +199,7 @@ class _Reader:
         if not self._tools:
             if delta.kind != "call_end" or delta.call is None:
                 return None
-            return Delta("content", call_text(delta.call, self._family))
+            return Delta("content", call_text(delta.call, self._family, nulls=True))
         if delta.kind == "call_start":
             self.calls += 1
             self._id = new_call_id()
