@@ -1,12 +1,15 @@
 """Thinking that ends at a number of tokens, compared with the same answer asked for in steps by hand."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
 from longforge.chat import encode_prompt
+from longforge.chat.constraint import Constraint
 from longforge.engine import Engine
+from longforge.engine.grammar import Grammars
 from longforge.model import CausalLM
 from longforge.protocol import Message, SamplingParams, StopReason
 from longforge.server.answer import Answer
@@ -40,7 +43,8 @@ def run(model: CausalLM, budget: int | None, **options: Any) -> Any:
     options = {"stops": (), "eager": False, "params": GREEDY, **options}
 
     async def turn() -> Any:
-        loop = EngineLoop(Engine(model, pages=100, max_running=2), threads=1)
+        grammars = Grammars(small_tokenizer(), model.config.vocab_size)
+        loop = EngineLoop(Engine(model, pages=100, max_running=2, grammars=grammars), threads=1)
         loop.start()
         service = Service(loop, small_tokenizer(), "small")
         asked = Turn(service, Caller(), TALK, thinking="enabled", thinking_budget=budget, **options)
@@ -113,3 +117,32 @@ def test_limit_stop_string_and_full_context_end_the_answer_in_either_leg(model: 
     assert run(model, 5, stops=("nd",))[3] == "nd"
     long = SamplingParams(max_tokens=5000, temperature=0.0)
     assert run(model, 4999, params=long)[1] is StopReason.STOP
+
+
+@pytest.mark.parametrize("budget", [5, 29, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_follows_the_thinking_obeys_its_grammar(model: CausalLM, budget: int, seed: int):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    fields = Constraint(schema={**schema, "additionalProperties": False})
+    params = SamplingParams(max_tokens=230, seed=seed)
+    texts, reason, ids, _ = run(model, budget, constraint=fields, params=params)
+    assert len(ids) <= 230
+    if reason is StopReason.STOP:
+        assert json.loads(texts["content"]) in ({"ok": True}, {"ok": False})
+    if budget == 5:
+        assert len(small_tokenizer().encode(texts["thinking"])) <= 6
+        assert texts["content"].lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_under_a_grammar_does_not_end_in_its_thinking(stream: bool):
+    tokenizer = small_tokenizer()
+    prompt = encode_prompt(tokenizer, TALK, thinking="enabled")
+    silent = teach(
+        small_model(max_positions=256, hidden_size=192),
+        [(prompt, [*tokenizer.encode("which"), tokenizer.eos_id])],
+    )
+    assert run(silent, 200, eager=stream)[0]["content"] == ""
+    fields = Constraint(schema={"type": "object", "properties": {}, "additionalProperties": False})
+    texts, _, ids, _ = run(silent, 20, constraint=fields, eager=stream)
+    assert tokenizer.eos_id not in ids[:-1] and texts["content"].lstrip().startswith("{")

@@ -18,6 +18,8 @@ CLOSE: dict[Family, str] = {"m2": "</think>", "m3": "</mm:think>"}
 BEFORE_CLOSE: dict[Family, str] = {"m2": "\n", "m3": ""}
 AFTER_CLOSE: dict[Family, str] = {"m2": "\n\n", "m3": ""}
 """What the templates write around it."""
+NEVER = -100.0
+"""Added to the logit of what must not be sampled."""
 
 
 class BudgetedAnswer:
@@ -51,7 +53,12 @@ class BudgetedAnswer:
         self._close_id: int | None = None
         if params.grammar is not None:  # it begins where the thinking ends, so the first leg must end there
             self._close_id = tokenizer.token_id(CLOSE[family])
-            first = replace(first, stop_token_ids=(*first.stop_token_ids, self._close_id))
+            never = tuple((token, NEVER) for token in params.stop_token_ids)
+            first = replace(
+                first,
+                stop_token_ids=(*first.stop_token_ids, self._close_id),
+                logit_bias=(*first.logit_bias, *never),  # nor may the answer end in its thinking
+            )
         self._answer = open_answer(prompt_ids, first)
 
     @property
