@@ -8,6 +8,7 @@ import openai
 
 from longforge.chat import Tokenizer, encode_prompt, render
 from longforge.engine import Engine
+from longforge.engine.grammar import Grammars
 from longforge.model import CausalLM
 from longforge.protocol import Message, ToolCall, ToolSpec
 from longforge.server.app import create_app
@@ -65,6 +66,8 @@ def taught_model() -> CausalLM:
 
 def serving(model: CausalLM) -> Iterator[Served]:
     tokenizer = small_tokenizer()
-    loop = EngineLoop(Engine(model, pages=700, max_running=4), threads=1)
+    grammars = Grammars(tokenizer, model.config.vocab_size)
+    engine = Engine(model, pages=700, max_running=4, grammars=grammars)
+    loop = EngineLoop(engine, threads=1)
     with BackgroundServer(create_app(loop, tokenizer, "small"), on_stop=loop.stop) as server:
         yield Served(server.url, loop, model, tokenizer)

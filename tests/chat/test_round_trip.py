@@ -174,6 +174,15 @@ def test_null_is_none_in_m2_even_for_strings() -> None:
     assert "<x>" not in call_text(ToolCall("f", {"x": None, "y": [None]}), "m3")
 
 
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_a_call_can_be_told_with_all_its_nulls(family) -> None:
+    call = ToolCall("f", {"x": None, "y": [1, None], "z": {"k": None}})
+    written = call_text(call, family, nulls=True)
+    block = f"{NS}<tool_call>{written}{NS}</tool_call>" if family == "m3" else f"<minimax:tool_call>{written}"
+    assert written.count("null") == 3
+    assert parse(block, family).tool_calls == (call,)
+
+
 def test_a_tool_without_a_schema_still_gets_lists_and_objects_in_m3() -> None:
     arguments = {"names": ["a", "b"], "where": {"line": 3, "exact": True}}
     text = f"{NS}<tool_call>\n{call_text(ToolCall('unknown', arguments), 'm3')}\n{NS}</tool_call>"

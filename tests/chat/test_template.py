@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longforge.chat import Tokenizer, encode_prompt, render, starts_in_thinking
+from longforge.chat import Tokenizer, encode_prompt, parse, render, starts_in_thinking
 from longforge.chat.tokens import SPECIAL_TOKENS
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
@@ -108,6 +108,51 @@ def test_the_generation_prompt_of_each_mode(family, thinking, end: str) -> None:
     assert prompt == without + end
     assert without.endswith("]~b]user\nHi[e~[\n")
     assert starts_in_thinking(family, thinking) == end.endswith(("<think>\n", "<mm:think>"))
+
+
+@pytest.mark.parametrize("thinking", ["adaptive", "enabled", "disabled"])
+def test_the_system_message_of_m3_states_the_mode_and_m2_knows_none(thinking) -> None:
+    ask = [Message("system", "Be brief."), Message("user", "Hi")]
+    system = render(ask, family="m3", thinking=thinking).split("[e~[")[0]
+    assert system == f"]~!b[]~b]system\nBe brief.\nThinking: {thinking}"
+    assert render(ask, family="m2", thinking=thinking) == render(ask, family="m2")
+
+
+@pytest.mark.parametrize(
+    ("family", "thinking", "answer", "thought", "content"),
+    [
+        ("m2", "adaptive", "why\n</think>\n\nso", "why", "so"),
+        ("m2", "disabled", "why\n</think>\n\nso", "why", "so"),
+        ("m2", "enabled", "cut off while thin", "cut off while thin", ""),
+        ("m3", "adaptive", "<mm:think>why</mm:think>so", "why", "so"),
+        ("m3", "adaptive", "</mm:think>so", "", "so"),
+        ("m3", "adaptive", "so", None, "so"),
+        ("m3", "enabled", "why</mm:think>so", "why", "so"),
+        ("m3", "enabled", "cut off while thin", "cut off while thin", ""),
+        ("m3", "disabled", "so", None, "so"),
+        ("m3", "disabled", "</mm:think>so", "", "so"),
+        ("m3", "disabled", "<mm:think>why</mm:think>so", "why", "so"),
+    ],
+)
+def test_an_answer_is_read_as_its_prompt_left_the_model(family, thinking, answer, thought, content) -> None:
+    """What a prompt spells has no say: only the mode tells whether the model starts in thinking."""
+    parsed = parse(answer, family, thinking_open=starts_in_thinking(family, thinking))
+    assert (parsed.thinking, parsed.content) == (thought, content)
+
+
+@pytest.mark.parametrize(("family", "thinking"), [("m2", "adaptive"), ("m3", "adaptive"), ("m3", "enabled")])
+def test_thinking_lives_through_the_tool_rounds_of_a_turn_and_no_longer(family, thinking) -> None:
+    turn = [
+        Message("user", "q"),
+        Message("assistant", "", thinking="first thought", tool_calls=(CALL,)),
+        Message("tool", "r"),
+        Message("assistant", "", thinking="second thought", tool_calls=(CALL,)),
+        Message("tool", "r"),
+    ]
+    during = render(turn, family=family, thinking=thinking)
+    after = render([*turn, Message("assistant", "a"), Message("user", "b")], family=family, thinking=thinking)
+    assert "first thought" in during and "second thought" in during
+    assert "thought" not in after and after.count("class Foo") == 2
 
 
 @pytest.mark.parametrize("family", ["m2", "m3"])

@@ -46,7 +46,7 @@ def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Pope
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, ending: signal.Signals):
-    with serve_process(folder, "--name", "mine") as (process, url):
+    with serve_process(folder, "--name", "mine", "--drain-seconds", "0") as (process, url):
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == "mine"
         # An answer that would take long is under way when the signal comes.
         body = {"model": "mine", "prompt": [1], "max_tokens": 1000, "temperature": 0}

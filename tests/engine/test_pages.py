@@ -1,51 +1,76 @@
-"""Pages: whoever takes them gives them back, lowest first, and nobody owns one twice."""
+"""Pages: lowest first, each with as many users as hold it, and none is ever lost."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longforge.engine.pages import PageAllocator
+from longforge.engine.pages import PagePool
 from longforge.errors import EngineError
 
 
 def test_lowest_pages_come_first_also_after_a_release():
-    pages = PageAllocator(7)
-    first, second = pages.allocate(3), pages.allocate(2)
-    assert (first, second) == ([0, 1, 2], [3, 4])
-    pages.release([1])
-    pages.release([4, 3])
-    assert pages.allocate(3) == [1, 3, 4]
+    pool = PagePool(7)
+    assert (pool.take(3), pool.take(2)) == ([0, 1, 2], [3, 4])
+    for page in (1, 4, 3):
+        pool.release(page)
+    assert pool.take(3) == [1, 3, 4]
 
 
 def test_too_many_pages_are_refused_whole():
-    pages = PageAllocator(3)
-    pages.allocate(2)
+    pool = PagePool(3)
+    pool.take(2)
     with pytest.raises(EngineError, match="2 asked for, 1 of 3 are free"):
-        pages.allocate(2)
-    assert pages.free == 1
+        pool.take(2)
+    assert pool.free == 1
 
 
 @pytest.mark.parametrize("page", [-1, 0, 3])
 def test_a_page_given_back_twice_or_from_nowhere_is_refused(page: int):
-    pages = PageAllocator(3)
-    pages.release(pages.allocate(1))
+    pool = PagePool(3)
+    pool.release(pool.take(1)[0])
     with pytest.raises(EngineError, match=f"page {page}"):
-        pages.release([page])
+        pool.release(page)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60))
-def test_allocator_equals_the_obvious_set(moves: list[tuple[bool, int]]):
-    pages, free, owners = PageAllocator(11), set(range(11)), []
-    for take, number in moves:
-        if take and number <= len(free):
-            assert pages.can_allocate(number)
-            got = pages.allocate(number)
-            assert got == sorted(free)[:number]
-            free -= set(got)
-            owners.append(got)
-        elif not take and owners:
-            given_back = owners.pop(number % len(owners))
-            pages.release(given_back)
-            free |= set(given_back)
-        assert pages.free == len(free)
-        pages.check(owners)
+def test_a_free_page_cannot_be_shared():
+    with pytest.raises(EngineError, match="page 1: asked for while it is free"):
+        PagePool(3).hold(1)
+
+
+def test_the_check_finds_a_user_too_many_and_a_lost_page():
+    pool = PagePool(3)
+    page = pool.take(1)[0]
+    pool.check([[page]])
+    with pytest.raises(AssertionError, match="users"):
+        pool.check([[page], [page]])
+    pool._free.pop()
+    with pytest.raises(AssertionError, match="lost"):
+        pool.check([[page]])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "hold", "release", "cache"]), st.integers(0, 9)), max_size=80)
+)
+def test_the_pool_equals_plain_bookkeeping(moves: list[tuple[str, int]]):
+    pool, tables, cached = PagePool(6), [], set()
+    for move, number in moves:
+        used = {page for table in tables for page in table}
+        if move == "take" and number <= pool.free:
+            tables.append(pool.take(number))
+            assert not used & set(tables[-1]) and not cached & set(tables[-1])
+        elif move == "hold" and used | cached:
+            page = sorted(used | cached)[number % len(used | cached)]
+            pool.hold(page)
+            tables.append([page])
+        elif move == "release" and tables:
+            for page in tables.pop(number % len(tables)):
+                pool.release(page)
+        elif move == "cache":
+            choices = sorted(used | cached)
+            if choices:
+                page = choices[number % len(choices)]
+                pool.set_cached(page, page not in cached)
+                cached ^= {page}
+        pool.check(tables)
+        used = {page for table in tables for page in table}
+        assert pool.free == 6 - len(used | cached) and pool.idle == len(cached - used)

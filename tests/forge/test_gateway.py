@@ -146,7 +146,14 @@ def test_an_unknown_or_ended_key_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"logit_bias": {}}, "logit_bias: this server does not support the field"),
+        ({"logit_fun": {}}, "logit_fun: this server does not support the field"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: a run does not serve it"),
+        ({"n": 2}, "n: a run does not serve it"),
+        ({"logprobs": True}, "logprobs: a run does not serve it"),
+        ({"presence_penalty": 0.5}, "presence_penalty: a run does not serve it"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice: a run does not serve it"),
+        ({"response_format": {"type": "json_object"}}, "response_format: a run does not serve it"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls: a run does not serve it"),
         ({"stop": ["x"]}, "stop: a run does not serve it"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 900}]}, f"at most {CONTEXT} tokens fit"),

@@ -78,6 +78,31 @@ def test_a_stream_adds_up_to_the_whole_answer(taught: Any):
     assert calls[0].id.startswith("call_")
 
 
+def test_a_call_is_named_before_its_arguments_are_written(taught: Any):
+    chunks = list(ask(taught, tools=TOOLS, stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in calls] == ["grep"] + [None] * (len(calls) - 1)
+    fragments = [call.function.arguments for call in calls]
+    assert fragments[0] == "" and fragments[1] == "{" and len(fragments) > 3
+    assert "".join(fragments) == '{"limit": 3}'
+
+
+def test_a_call_that_the_limit_cuts_off_has_valid_arguments_and_ends_with_length(taught: Any):
+    whole = ask(taught, tools=TOOLS).usage.completion_tokens
+    cut = 0
+    for limit in range(whole - 8, whole, 3):
+        choice = ask(taught, tools=TOOLS, max_tokens=limit).choices[0]
+        assert choice.finish_reason == "length"
+        chunks = list(ask(taught, tools=TOOLS, max_tokens=limit, stream=True))
+        assert chunks[-1].choices[0].finish_reason == "length"
+        parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        for call in choice.message.tool_calls or ():
+            cut += 1
+            assert json.loads(call.function.arguments) in ({}, {"limit": 3}, {"limit": "3"})
+            assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    assert cut > 0
+
+
 def test_the_clients_own_stream_helper_understands_the_stream(taught: Any):
     with taught.client.chat.completions.stream(model="small", messages=[USER], tools=TOOLS) as stream:
         final = stream.get_final_completion()
@@ -137,11 +162,42 @@ def test_thinking_modes_reach_the_template(taught: Any):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"logit_bias": {}}, "logit_bias: this server does not support the field"),
-        ({"n": 2}, "n: .*got 2"),
+        ({"logit_fun": {}}, "logit_fun: this server does not support the field"),
+        ({"n": 65}, "n: .*64, got 65"),
         ({"temperature": -1}, "temperature: .*got -1"),
         ({"temperature": "hot"}, 'temperature: .*got "hot"'),
-        ({"tool_choice": "required"}, "tool_choice: .*'auto' or 'none'"),
+        ({"tool_choice": "required"}, "tool_choice: 'required' needs tools"),
+        ({"tool_choice": "banana"}, "tool_choice: .*'auto', 'none' or 'required'"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "find"}}},
+            "tool_choice: expected the name of an offered tool, got 'find'",
+        ),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name: .*missing"),
+        ({"tools": TOOLS * 2}, "tools: expected different names, got 'grep' twice"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: .*20, got 21"),
+        ({"logit_bias": {"the": 1}}, "logit_bias: expected token ids as keys, got 'the'"),
+        ({"logit_bias": {"5": 101}}, r"logit_bias.5: .*100, got 101"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias: expected token ids from 0 to 299, got 100000"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: .*at most 1024"),
+        ({"stop": ["a"] * 65}, "stop: expected at most 64 strings, got 65"),
+        ({"stop": "a" * 257}, "stop: expected at most 256 characters, got 257"),
+        ({"max_tokens": 3, "min_tokens": 4}, r"min_tokens: expected at most max_tokens \(3\), got 4"),
+        ({"store": True}, "store: .*False"),
+        ({"report_blocks": True}, "report_blocks needs stream"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: json_schema belongs to type"),
+        (
+            {"thinking": {"type": "enabled"}, "reasoning_effort": "none"},
+            "expected one mode, got enabled and disabled",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "response_format: a required call leaves no content",
+        ),
         ({"messages": []}, "messages: .*at least 1"),
         ({"messages": [{"role": "wizard", "content": ""}]}, r"messages\[0\].role: .*got \"wizard\""),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, r"messages\[0\].name: .*not support"),

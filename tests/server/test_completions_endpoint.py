@@ -7,6 +7,8 @@ import openai
 import pytest
 import torch
 
+from longforge.server.token_report import token_text
+
 PROMPT = [5, 9, 2, 11, 7]
 
 
@@ -24,10 +26,13 @@ def test_ids_go_in_and_come_out_with_the_models_logprobs(served: Any):
         full = torch.log_softmax(served.model(torch.tensor([PROMPT + ids]))[0], dim=-1)[len(PROMPT) - 1 : -1]
     expected = full[torch.arange(6), torch.tensor(ids)].tolist()
     assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-5)
-    assert choice.logprobs.tokens == [served.tokenizer.decode([token]) for token in ids]
-    for row, alternatives in zip(full, choice.logprobs.top_logprobs, strict=True):
-        best = row.topk(2).values.tolist()
-        assert list(alternatives.values()) == pytest.approx(best[: len(alternatives)], abs=1e-5)
+    assert choice.logprobs.tokens == [token_text(served.tokenizer, token) for token in ids]
+    rows = zip(full, ids, choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True)
+    for row, token, text, alternatives in rows:
+        best = [token_text(served.tokenizer, other) for other in row.topk(2).indices.tolist()]
+        assert set(alternatives) == {*best, text}, "the two likeliest and the token itself"
+        assert alternatives[text] == pytest.approx(row[token].item(), abs=1e-5)
+        assert [alternatives[b] for b in best] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
     assert choice.weight_versions == [served.loop.engine.version] * 6
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 6)
 
@@ -89,11 +94,12 @@ def test_text_prompts_are_tokenised(served: Any):
         ({"prompt": [5, 100_000]}, "prompt: expected token ids from 0 to 299, got 100000"),
         ({"prompt": [-1]}, "got -1"),
         ({"prompt": [1] * 1024}, "at most 1024 tokens fit the context, got 1025"),
-        ({"echo": True}, "echo: this server does not support"),
+        ({"best_of": 2}, "best_of: this server does not support"),
+        ({"prompt": ["a"] * 200, "n": 2}, r"at most 256 answers \(prompts times n\), got 400"),
         ({"suffix": "x"}, "suffix: this server does not support"),
         ({"logprobs": 21}, "logprobs: .*20, got 21"),
-        ({"max_tokens": 0}, "max_tokens: .*got 0"),
-        ({"prompt": ["a", "b"]}, r"prompt\[0\]: .*integer"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1 without echo, got 0"),
+        ({"prompt": ["a", 5]}, r"prompt\[0\]: .*integer"),
     ],
 )
 def test_what_is_not_served_is_refused_in_one_line(served: Any, fields: dict[str, Any], message: str):

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from longforge.server.chat_request import ChatRequest
 from longforge.server.invalid import describe_invalid
-from longforge.server.wire import ChatRequest
 
 
 def refused(**fields: Any) -> tuple[str, str | None]:
@@ -16,7 +16,7 @@ def refused(**fields: Any) -> tuple[str, str | None]:
     return describe_invalid(caught.value.errors())
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "str", "list", "a[b]"])
+@pytest.mark.parametrize("name", ["logit_fun", "str", "list", "a[b]"])
 def test_an_unknown_field_is_named_whatever_it_is_called(name: str):
     """The names of types and brackets also stand in pydantic's places, where they are no fields."""
     assert refused(**{name: 1}) == (f"{name}: this server does not support the field; leave it out", name)

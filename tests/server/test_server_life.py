@@ -36,7 +36,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 def idle(loop: EngineLoop) -> bool:
     stats = loop.stats()
-    return stats.running == stats.waiting == 0 and stats.free_pages == stats.pages
+    return stats.running == stats.waiting == 0 and stats.free_pages + stats.cached_pages == stats.pages
 
 
 def small_server() -> tuple[EngineLoop, BackgroundServer]:

@@ -1,105 +1,207 @@
 """One tool call read tag by tag: the inverse of `format.py`."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from re import Match
 
-from longforge.chat.schema import MAX_NESTING, Schema, too_deep
-from longforge.chat.tokens import Family
+from longforge.chat.arguments import ArgumentWriter
+from longforge.chat.scanner import Scanner
+from longforge.chat.schema import Schema
+from longforge.chat.syntax import SYNTAX
+from longforge.chat.tokens import CALL_PREFIX, Family
 from longforge.protocol import ToolCall
 
-__all__ = ["INVOKE", "CallReader", "Malformed"]
+__all__ = ["INVOKE", "CallReader"]
 
 INVOKE = re.compile(r'invoke\s+name="([^"]*)"\s*')
 _PARAMETER = re.compile(r'parameter\s+name="([^"]+)"\s*')
-
-
-class Malformed(Exception):
-    """The text cannot be a tool call. Caught by the parser, which gives the text back as content."""
-
-
-@dataclass
-class _Node:
-    """One argument, or a part of one: its text, or the tags inside it."""
-
-    name: str
-    parts: list[str] = field(default_factory=list)
-    children: "list[_Node]" = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.parts)
+_ELIDED = re.compile(rf"\s*({re.escape(CALL_PREFIX)})?")
 
 
 class CallReader:
-    """Takes the tags and texts between `<invoke name="...">` and its end."""
+    """Reads from behind `<invoke name="...">` to the end of the call.
 
-    def __init__(self, family: Family, name: str, schema: Any) -> None:
-        if not name:
-            raise Malformed
+    A tag inside a text argument may be the text's own, and only what follows tells. Then it is kept back,
+    with what follows it, until a later tag decides: one that closes the argument makes it text, one that can
+    only stand outside makes it what it looked like.
+    """
+
+    def __init__(self, family: Family, name: str, schema: object) -> None:
+        self.name = name
+        self.ended = False
+        self.cut_off = False
+        """Whether only the end of the text ended the call."""
         self._family = family
-        self._name = name
-        self._schema = Schema(schema)
-        self._root = _Node(name)
-        self._path = [self._root]
+        self._syntax = SYNTAX[family]
+        self._arguments = ArgumentWriter(family, Schema(schema))
+        self._doubtful: list[str] = []  # a tag that may be text, and what follows it
+        self._doubtful_body = ""
 
-    @property
-    def in_value(self) -> bool:
-        """Whether an argument is open, so that text is its value."""
-        return len(self._path) > 1
+    def step(self, scanner: Scanner) -> bool:
+        """Go on by one tag; False when that needs more text."""
+        in_value = self._arguments.in_value
+        text, tag = scanner.until(self._syntax.value if in_value else self._syntax.outside)
+        if self._doubtful:
+            self._doubtful.append(text)
+        else:
+            self._arguments.add(text)
+        if tag is None:
+            return False
+        if not in_value:
+            passed = self._outside(tag)
+        elif self._doubtful:
+            passed = self._after_doubtful(tag, scanner)
+        else:
+            passed = self._inside(tag)
+        if passed:
+            scanner.at = tag.end()
+        return True
 
-    def text(self, text: str) -> None:
-        """Text inside an argument."""
-        node = self._path[-1]
-        node.parts.append(text)
-        if node.children and not text.isspace():
-            raise Malformed
+    def cut(self, scanner: Scanner) -> None:
+        """The text ended inside the call: all that is open ends here. Half a tag at its end is no text."""
+        if self._doubtful or not self._arguments.in_text or self._is_half_a_tag(scanner.rest):
+            scanner.drop()
+        scanner.final = True
+        while not self.ended and (self.step(scanner) or self._doubtful):
+            if not self.ended and self._doubtful and scanner.empty:
+                self._settle(scanner)
+        if not self.ended:
+            self.cut_off = True
+            self._end(whole=False)
 
-    def open(self, body: str) -> None:
-        """An opening tag, given without its brackets."""
-        name = body
-        if INVOKE.fullmatch(body):
-            raise Malformed
-        if self._family == "m2":
-            match = _PARAMETER.fullmatch(body)
-            if match is None:
-                raise Malformed
-            name = match[1]
-        parent = self._path[-1]
-        if len(self._path) > MAX_NESTING:
-            raise Malformed
-        if parent.text.strip() or (name != "item" and any(child.name == name for child in parent.children)):
-            raise Malformed
-        node = _Node(name)
-        parent.children.append(node)
-        self._path.append(node)
-
-    def close(self, name: str) -> None:
-        """A closing tag inside an argument. A tag that closes what is not open inside is malformed."""
-        if name != ("parameter" if self._family == "m2" else self._path[-1].name):
-            raise Malformed
-        self._path.pop()
+    def take(self) -> str:
+        """The JSON of arguments since the last time."""
+        return self._arguments.take()
 
     def call(self) -> ToolCall:
-        """The finished call."""
-        if self.in_value:
-            raise Malformed
-        read = _m2_value if self._family == "m2" else _m3_value
-        arguments = {node.name: read(node, self._schema.property(node.name)) for node in self._root.children}
-        if too_deep(arguments):
-            raise Malformed
-        return ToolCall(self._name, arguments)
+        """The call, when it has ended and its JSON is taken."""
+        return ToolCall(self.name, self._arguments.arguments())
 
+    def stray(self) -> str:
+        """Text inside the call that is none of its arguments."""
+        return "".join(self._arguments.stray)
 
-def _m2_value(node: _Node, schema: Schema) -> Any:
-    text = node.text
-    return schema.value(text.removeprefix("\n").removesuffix("\n"), null_literal=True)
+    def _outside(self, tag: Match[str]) -> bool:
+        """A tag with no argument open. Whether it is dealt with; a tag that ends the call is not passed."""
+        body = tag["body"]
+        if tag["slash"]:
+            if body == "invoke" or body == self._syntax.block:
+                self._end()
+                return body == "invoke"
+            self._close_nothing(tag)
+            return True
+        name = self._name_of(body)
+        if name is None:
+            self._end()
+            return False
+        opened = self._arguments.open(name)
+        assert opened, "where no argument is open, one can begin"
+        return True
 
+    def _close_nothing(self, tag: Match[str]) -> None:
+        """A closing tag of no open argument: of one whose opening tag the model left out, or of nothing."""
+        arguments = self._arguments
+        if tag[0].startswith("<"):
+            arguments.add("" if arguments.run_is_blank else tag[0])
+        elif arguments.run_is_blank or arguments.has(tag["body"]):
+            arguments.end_run()
+        else:
+            run = arguments.take_run()
+            start = _ELIDED.match(run)
+            assert start is not None, "an empty match is one too"
+            arguments.open(tag["body"])
+            arguments.add(run[start.end() :])
+            arguments.close()
 
-def _m3_value(node: _Node, schema: Schema) -> Any:
-    if not node.children:
-        return schema.value(node.text)
-    only_items = all(child.name == "item" for child in node.children)
-    if only_items and ("array" in schema.types or "object" not in schema.types):
-        return [_m3_value(child, schema.items()) for child in node.children]
-    return {child.name: _m3_value(child, schema.property(child.name)) for child in node.children}
+    def _inside(self, tag: Match[str]) -> bool:
+        """A tag inside an argument. Whether it is dealt with."""
+        body, arguments = tag["body"], self._arguments
+        if tag["slash"]:
+            return self._close_inside(body, tag[0])
+        if self._family == "m2":
+            arguments.add(tag[0])
+        elif self._name_of(body) is None:
+            self._end()
+            return False
+        elif not arguments.open(body):
+            if arguments.in_text and arguments.misses(body):
+                arguments.close()
+                arguments.open(body)
+            else:
+                arguments.add(tag[0])
+        return True
+
+    def _close_inside(self, body: str, tag: str) -> bool:
+        if self._closes(body):
+            self._close(body, tag)
+        elif self._arguments.in_text:
+            self._doubt(body, tag)
+        elif self._ends(body):
+            self._end()
+            return body == "invoke"
+        return True
+
+    def _after_doubtful(self, tag: Match[str], scanner: Scanner) -> bool:
+        """A tag behind one that may be text. Whether it is dealt with."""
+        body, slash = tag["body"], bool(tag["slash"])
+        end_is_doubtful = self._ends(self._doubtful_body)
+        if slash and (self._closes(body) or not (end_is_doubtful or self._ends(body))):
+            self._arguments.add("".join(self._doubtful))
+            self._doubtful.clear()
+            return self._close_inside(body, tag[0])
+        closes_block = self._doubtful_body == "invoke" and body == self._syntax.block
+        if end_is_doubtful and (not closes_block if slash else self._name_of(body) is not None):
+            self._doubtful.append(tag[0])
+            return True
+        self._settle(scanner)
+        return False
+
+    def _settle(self, scanner: Scanner) -> None:
+        """The doubtful tag is a tag: it closes its argument, or stands outside all of them."""
+        if self._ends(self._doubtful_body):
+            while self._arguments.in_value:
+                self._arguments.close()
+            scanner.back("".join(self._doubtful))
+        else:
+            self._arguments.close()
+            scanner.back("".join(self._doubtful[1:]))
+        self._doubtful.clear()
+
+    def _doubt(self, body: str, tag: str) -> None:
+        self._doubtful = [tag]
+        self._doubtful_body = body
+
+    def _ends(self, body: str) -> bool:
+        """Whether a closing tag ends the call or its block."""
+        return body == "invoke" or body == self._syntax.block
+
+    def _closes(self, body: str) -> bool:
+        """Whether a closing tag closes an open argument."""
+        return body == "parameter" if self._family == "m2" else body in self._arguments.open_names
+
+    def _close(self, body: str, tag: str) -> None:
+        """Closes an argument and what is open inside it. M2's tag names none, so it may be the text's own."""
+        if self._family == "m3":
+            for _ in range(self._arguments.open_names.index(body) + 1):
+                self._arguments.close()
+        elif self._arguments.in_text:
+            self._doubt(body, tag)
+        else:
+            self._arguments.close()
+
+    def _name_of(self, body: str) -> str | None:
+        """The argument that an opening tag opens; None: it opens none, but a call or a block."""
+        if self._family == "m2":
+            match = _PARAMETER.fullmatch(body)
+            return match[1] if match else None
+        return None if body == self._syntax.block or INVOKE.fullmatch(body) else body
+
+    def _is_half_a_tag(self, rest: str) -> bool:
+        """Whether a text argument was going to be closed when the text ended."""
+        if self._family == "m3":
+            return rest.startswith(CALL_PREFIX)
+        endings = ("</parameter>", "</invoke>", f"</{self._syntax.block}>")
+        return any(ending.startswith(rest) for ending in endings)
+
+    def _end(self, *, whole: bool = True) -> None:
+        self._arguments.end(whole=whole)
+        self.ended = True

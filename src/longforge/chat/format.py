@@ -7,12 +7,13 @@ with a string as it is and any other value as JSON.
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from longforge.chat.tokens import CALL_PREFIX, Family
 from longforge.protocol import ToolCall
 
-__all__ = ["Piece", "call_pieces", "call_text"]
+__all__ = ["Piece", "call_pieces", "call_text", "value_text"]
 
 
 class Piece(NamedTuple):
@@ -28,9 +29,24 @@ def call_pieces(call: ToolCall, family: Family) -> Iterator[Piece]:
     return (piece for piece in pieces if piece.text)
 
 
-def call_text(call: ToolCall, family: Family) -> str:
-    """The same as one string."""
+def call_text(call: ToolCall, family: Family, *, nulls: bool = False) -> str:
+    """The same as one string. With `nulls`, None is written in M3 too, for one who shall miss nothing."""
+    if nulls and family == "m3":
+        call = replace(call, arguments=_nulls_as_text(call.arguments))
     return "".join(piece.text for piece in call_pieces(call, family))
+
+
+def value_text(value: Any, family: Family) -> str:
+    """The text of one argument that has no tags inside."""
+    return _m2_value(value) if family == "m2" else _scalar(value)
+
+
+def _nulls_as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nulls_as_text(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulls_as_text(inner) for inner in value]
+    return "null" if value is None else value
 
 
 def _m3_call(call: ToolCall) -> Iterator[Piece]:

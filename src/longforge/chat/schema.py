@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["MAX_NESTING", "Schema", "too_deep"]
+__all__ = ["MAX_NESTING", "Schema", "look_up", "too_deep"]
 
 MAX_NESTING = 100
 """Levels of lists and objects that a call's arguments may have: what reads and writes them is recursive."""
@@ -46,6 +46,11 @@ class Schema:
                 return Schema(properties[name], self._root)
         return self._first("additionalProperties")
 
+    def has_property(self, name: str) -> bool:
+        """Whether an object of this schema is said to have a property `name`."""
+        variants = _variants(self._schema, self._root, frozenset())
+        return any(name in each for v in variants if isinstance(each := v.get("properties"), dict))
+
     def items(self) -> "Schema":
         """The schema of an array's items."""
         return self._first("items")
@@ -72,10 +77,10 @@ class Schema:
         return Schema(next((v[key] for v in variants if isinstance(v.get(key), dict)), {}), self._root)
 
 
-def too_deep(value: Any) -> bool:
-    """Whether a JSON value has more than MAX_NESTING levels of lists and objects."""
+def too_deep(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Whether a JSON value has more than so many levels of lists and objects."""
     level = [value]
-    for _ in range(MAX_NESTING):
+    for _ in range(levels):
         level = [inner for outer in level for inner in _members(outer)]
     return any(isinstance(inner, dict | list) for inner in level)
 
@@ -93,7 +98,7 @@ def _variants(schema: Any, root: Any, seen: frozenset[str]) -> Iterator[dict[str
     yield schema
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        yield from _variants(_look_up(root, reference), root, seen | {reference})
+        yield from _variants(look_up(root, reference), root, seen | {reference})
     for key in ("anyOf", "oneOf", "allOf"):
         for inner in _list(schema.get(key)):
             yield from _variants(inner, root, seen)
@@ -111,7 +116,7 @@ def _types(schema: Any, root: Any, seen: frozenset[str]) -> frozenset[str]:
         return frozenset(map(_type_name, values))
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in seen:
-        return _types(_look_up(root, reference), root, seen | {reference})
+        return _types(look_up(root, reference), root, seen | {reference})
     for key in ("anyOf", "oneOf"):
         found = [_types(inner, root, seen) for inner in _list(schema.get(key))]
         if found:
@@ -132,7 +137,7 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "string")
 
 
-def _look_up(root: Any, reference: str) -> Any:
+def look_up(root: Any, reference: str) -> Any:
     """The part of `root` that a reference like #/$defs/Point names, or None."""
     if not reference.startswith("#"):
         return None

@@ -108,6 +108,15 @@ class Tokenizer:
         return self._specials[name]
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of all special tokens."""
+        return tuple(self._specials.values())
+
+    def pieces(self, size: int) -> list[bytes]:
+        """The bytes of the ids from 0 to `size` - 1; empty for an id that stands for nothing."""
+        return [self._bytes.get(token_id, b"") for token_id in range(size)]
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
         return self._with_specials.get_vocab_size(with_added_tokens=True)

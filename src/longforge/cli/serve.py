@@ -1,5 +1,6 @@
 """`longforge serve`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,28 @@ def serve(
         typer.Option(help="Pages of keys and values (default: 16 full contexts, 4 GiB at most).", min=1),
     ] = None,
     max_running: Annotated[int, typer.Option(help="Most requests that generate at once.", min=1)] = 64,
+    max_requests: Annotated[
+        int, typer.Option(help="Most open requests; more are refused for now.", min=1)
+    ] = 1024,
+    max_queued_tokens: Annotated[
+        int, typer.Option(help="Most prompt tokens of open requests together.", min=1)
+    ] = 64_000_000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of API keys, lines name:key. The key named admin may pause the engine and change its "
+            "weights. One key alone may come in LONGFORGE_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which requests may come (may be repeated).", show_default=False),
+    ] = None,
+    max_body_mib: Annotated[int, typer.Option(help="Largest body of a request, in MiB.", min=1)] = 64,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long open answers may go on after Ctrl-C or SIGTERM.", min=0)
+    ] = 30.0,
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health."""
     from longforge.server import launch
@@ -46,4 +69,10 @@ def serve(
         device=device,
         dtype=dtype,
         context=context,
+        max_requests=max_requests,
+        max_queued_tokens=max_queued_tokens,
+        api_key_file=api_key_file,
+        allowed_hosts=allowed_host or (),
+        max_body_bytes=max_body_mib * 2**20,
+        drain_seconds=drain_seconds,
     )

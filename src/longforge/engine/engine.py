@@ -1,70 +1,97 @@
 """The engine: requests in, tokens out, one step at a time.
 
-    submit -> waiting -> [admitted: pages for the longest possible answer] -> prompt in chunks -> one token a
-    step
-           -> stop token | length | cancel -> pages go back
+    submit -> waiting -> let in: pages of its prefix are found -> the rest of the prompt in chunks
+           -> one token a step, or several where drafts were right -> stop token | length | cancel -> pages go
+           back, the full ones stay in the prefix cache
 
 Not thread-safe: one thread owns an engine (in the server, `server.engine_loop`).
 """
 
 import secrets
+import time
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
-from longforge.engine.pages import PageAllocator
-from longforge.engine.request import EngineStats, GenerationRequest, TokenEvent, check_request
-from longforge.engine.runner import Runner
-from longforge.engine.sampler import Sampled, sample
-from longforge.engine.scheduler import Scheduler, Sequence, Work
+from longforge.engine.draft_length import DraftCosts
+from longforge.engine.drafts import Drafter
+from longforge.engine.grammar import Grammars
+from longforge.engine.page_mover import PageMover, TierSettings
+from longforge.engine.pages import PagePool
+from longforge.engine.prefix_cache import PrefixCache
+from longforge.engine.request import EngineStats, GenerationRequest, RequestFailed, TokenEvent, check_request
+from longforge.engine.results import Results
+from longforge.engine.runner import Runner, Stretch
+from longforge.engine.sampler import TokenCounts
+from longforge.engine.scheduler import Scheduler, Work
+from longforge.engine.sequence import Sequence
+from longforge.engine.tiers import TiersStats
 from longforge.engine.weights import check_weights, copy_weights
 from longforge.errors import EngineError, InputError
 from longforge.model.causal_lm import CausalLM
-from longforge.protocol import SamplingParams, StopReason
+from longforge.protocol import SamplingParams
 
 __all__ = ["Engine"]
 
 
 class Engine:
-    """Continuous batching over a pool of pages.
+    """Continuous batching over a pool of pages, with a prefix cache and speculative decoding.
 
     pages: pages in the pool, each of `model.config.block_size` tokens; together they also bound the context.
     max_running: most sequences that generate at once. max_batch_tokens: most tokens in one forward pass.
+    prefix_cache: whether pages are kept for later prompts. drafts: most tokens that the model's MTP module
+    guesses ahead, 0 to 3; 0 without a module. draft_costs: what decides how many are worth it. tiers: where
+    pages are kept beside the pool. grammars: serves requests with a grammar; without it they are refused.
     """
 
     def __init__(
-        self, model: CausalLM, *, pages: int, max_running: int = 64, max_batch_tokens: int = 2048
+        self,
+        model: CausalLM,
+        *,
+        pages: int,
+        max_running: int = 64,
+        max_batch_tokens: int = 2048,
+        prefix_cache: bool = True,
+        drafts: int = 0,
+        draft_costs: DraftCosts | None = None,
+        tiers: TierSettings | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        for name, value in (
-            ("pages", pages),
-            ("max_running", max_running),
-            ("max_batch_tokens", max_batch_tokens),
-        ):
-            if value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
-        if max_batch_tokens < max_running:
-            raise InputError(
-                f"max_batch_tokens: expected at least max_running ({max_running}), got {max_batch_tokens}"
-            )
-        self.config = model.config
-        self.context = min(model.config.max_positions, pages * model.config.block_size)
+        _check_sizes(pages, max_running, max_batch_tokens, drafts)
+        config = model.config
+        if drafts and (not config.mtp_modules or config.has("lightning")):
+            why = "none" if not config.mtp_modules else "layers whose state cannot be taken back"
+            raise InputError(f"drafts: expected a model with an MTP module to guess with, it has {why}")
+        self.config = config
+        self.context = min(config.max_positions, pages * config.block_size)
         """Most tokens of one request, prompt and answer together."""
-        self._pages = PageAllocator(pages)
+        self._grammars = grammars
+        self._caching = prefix_cache
+        self._cache = PrefixCache(PagePool(pages), config.block_size)
+        self._runner = Runner(
+            model.eval(), pages=pages, max_running=max_running, context=self.context, drafts=drafts > 0
+        )
+        self._drafter = Drafter(self._runner, drafts, draft_costs or DraftCosts()) if drafts else None
+        wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)
+        self._mover = PageMover(tiers, self._runner, self._cache) if wanted and tiers else None
         self._scheduler = Scheduler(
-            self._pages,
-            block_size=model.config.block_size,
+            self._cache,
             max_running=max_running,
             max_batch_tokens=max_batch_tokens,
+            spare=drafts,
+            restore=self._mover and self._mover.restore,
+            on_preempt=self._adopt,
         )
-        self._runner = Runner(model.eval(), pages=pages, max_running=max_running, context=self.context)
+        self._results = Results(self._runner, model.version)
         self._sequences: dict[str, Sequence] = {}
-        self._version = int(model.version)
-        self._steps = self._prompt_tokens = self._generated_tokens = self._finished = self._cancelled = 0
+        self._arrivals = 0
+        self._steps = self._prompt_tokens = self._cancelled = 0
 
     @property
     def version(self) -> int:
         """Version of the weights that the next token is sampled from."""
-        return self._version
+        return self._results.version
 
     @property
     def has_work(self) -> bool:
@@ -74,6 +101,10 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """The checks of `submit` that need no state; may be called from any thread."""
         check_request(request, vocab_size=self.config.vocab_size, context=self.context)
+        if request.params.grammar is not None:
+            if self._grammars is None:
+                raise InputError("grammar: this engine was made without a tokenizer, it serves no grammars")
+            self._grammars.start(request.params.grammar)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request.
@@ -87,7 +118,13 @@ class Engine:
         params = request.params
         limit = min(len(request.prompt_ids) + params.max_tokens, self.context)
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        sequence = Sequence(request, limit=limit, seed=seed)
+        self._arrivals += 1
+        sequence = Sequence(request, limit=limit, seed=seed, arrival=self._arrivals)
+        if params.needs_counts:
+            sequence.counts = TokenCounts(request.prompt_ids)
+        if params.grammar is not None and self._grammars is not None:
+            sequence.matcher = self._grammars.start(params.grammar)
+        self._adopt(sequence)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -100,61 +137,100 @@ class Engine:
         self._cancelled += 1
         return True
 
-    def step(self) -> list[TokenEvent]:
-        """One forward pass: at most one new token per request, in order of scheduling. Empty without work."""
-        work, admitted = self._scheduler.schedule()
-        for sequence in admitted:
-            self._runner.enter(sequence)
+    def step(self) -> list[TokenEvent | RequestFailed]:
+        """One forward pass: new tokens in order of scheduling, several of a request where drafts were right.
+
+        A request that fails by its own fault ends with RequestFailed, the others go on. Empty without work.
+        """
+        work = self._scheduler.schedule()
         if not work:
             return []
-        logits = self._runner.run(work)
-        sampling = self._count(work)
-        if not sampling:
-            return []
-        sampled = sample(
-            logits,
-            [s.request.params for s in sampling],
-            [s.seed for s in sampling],
-            [s.known for s in sampling],
+        self._steps += 1
+        for item in work:
+            self._show_pages(item.sequence)
+        blocks: list[Tensor] | None = (
+            [] if any(item.sequence.request.report_blocks for item in work) else None
         )
-        return [self._accept(sequence, sampled, row) for row, sequence in enumerate(sampling)]
+        started = time.perf_counter()
+        hidden = self._runner.run([_stretch(item) for item in work], blocks)
+        self._count_prompts(work, started)
+        events, ended = self._results.take(work, hidden, blocks)
+        sequences = [item.sequence for item in work]
+        if self._drafter is not None:
+            self._drafter.propose(sequences, ended)
+        for sequence in sequences:
+            self._publish(sequence)
+        for sequence in ended:
+            del self._sequences[sequence.request.id]
+            self._scheduler.remove(sequence)
+        return events
 
     def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
         """Replaces all weights between two steps, all or nothing, and gives them `version`.
 
-        state: the names and shapes of `model.state_dict()`, finite; version: above the present one. Running
-        requests keep their pages (keys and values of the old weights) and go on; each token they sample from
-        now on carries the new version. Errors: EngineError for the version, CheckpointError for the tensors;
-        then nothing has changed.
+        state: the names and shapes of `model.state_dict()`, finite; version: above the present one. Cached
+        pages of the old weights can never match again. Running requests keep theirs (keys and values of the
+        old weights) to themselves and go on; each token they sample from now on carries the new version.
+        Errors: EngineError for the version, CheckpointError for the tensors; then nothing has changed.
         """
-        if version <= self._version:
-            raise EngineError(
-                f"weights version: expected more than the active {self._version}, got {version}"
-            )
+        if version <= self.version:
+            raise EngineError(f"weights version: expected more than the active {self.version}, got {version}")
         target = self._runner.model.state_dict()
         check_weights(state, target)
         copy_weights(state, target)
-        self._version = self._runner.model.version = version
+        self._results.version = self._runner.model.version = version
+        self.reset_cache()
+        if self._mover is not None:
+            self._mover.new_weights()
+        for sequence in self._sequences.values():
+            if sequence.row < 0:
+                self._adopt(sequence)
+
+    def reset_cache(self) -> int:
+        """Forgets all cached pages; requests that run keep theirs to themselves. Returns how many."""
+        for sequence in self._scheduler.running:
+            sequence.root = None
+        return self._cache.forget()
+
+    def close(self) -> None:
+        """Lets pages that wait to be written to files get there."""
+        if self._mover is not None:
+            self._mover.close()
+
+    def tier_stats(self) -> TiersStats | None:
+        """What the slower tiers did; None without any."""
+        return self._mover and self._mover.stats()
 
     def stats(self) -> EngineStats:
         """Counters and occupancy now."""
+        results = self._results
         return EngineStats(
-            version=self._version,
+            version=self.version,
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            pages=self._pages.total,
-            free_pages=self._pages.free,
+            waiting=self._scheduler.waiting,
+            pages=self._cache.pool.total,
+            free_pages=self._cache.pool.free,
             context=self.context,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            finished=self._finished,
+            generated_tokens=results.generated_tokens,
+            finished=results.finished,
             cancelled=self._cancelled,
+            cached_pages=self._cache.pool.idle,
+            preemptions=self._scheduler.preemptions,
+            prefix_queried_tokens=self._scheduler.queried_tokens,
+            prefix_hit_tokens=self._scheduler.hit_tokens,
+            drafts=results.drafts,
+            drafted_tokens=results.drafted_tokens,
+            accepted_tokens=results.accepted_tokens,
+            accepted_by_place=tuple(results.accepted_by_place),
+            failed=results.failed,
         )
 
     def check_pages(self) -> None:
-        """Asserts that every page is free or owned by exactly one running request."""
-        self._pages.check(sequence.pages for sequence in self._scheduler.running)
+        """Asserts that free, cached and used pages are the pool, and that each is used by whom it says."""
+        self._cache.pool.check(sequence.pages for sequence in self._scheduler.running)
+        self._cache.check()
 
     def warm_up(self) -> None:
         """Runs a short request, so that the first real one does not pay for compilation.
@@ -162,40 +238,61 @@ class Engine:
         Engine must be idle.
         """
         assert not self.has_work, "warm-up needs an idle engine"
-        prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 2))
-        self.submit(GenerationRequest("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0)))
+        prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 8))
+        params = SamplingParams(max_tokens=6, temperature=0.0)
+        self.submit(GenerationRequest("warm-up", prompt, params, cache=False))
         while self.has_work:
             self.step()
-        self._steps = self._prompt_tokens = self._generated_tokens = self._finished = 0
+        self._steps = self._prompt_tokens = 0
+        self._results = Results(self._runner, self.version)
 
-    def _count(self, work: list[Work]) -> list[Sequence]:
-        """Books the computed tokens and returns the sequences that sample now."""
-        self._steps += 1
-        for item in work:
-            if not item.sequence.generated:
-                self._prompt_tokens += item.tokens
-            item.sequence.computed += item.tokens
-        return [item.sequence for item in work if item.samples]
+    def _adopt(self, sequence: Sequence) -> None:
+        """Says where a sequence without pages will find and leave some: under the weights of now."""
+        if self._caching and sequence.request.cache:
+            sequence.root = (self.version, sequence.request.tenant)
+            sequence.page_keys = []
 
-    def _accept(self, sequence: Sequence, sampled: Sampled, row: int) -> TokenEvent:
-        token = sampled.token_ids[row]
-        sequence.last_token = token
-        sequence.generated += 1
-        self._generated_tokens += 1
-        reason: StopReason | None = None
-        if token in sequence.stops:
-            reason = StopReason.STOP
-        elif sequence.known >= sequence.limit:
-            reason = StopReason.LENGTH
-        if reason is not None:
-            del self._sequences[sequence.request.id]
-            self._scheduler.remove(sequence)
-            self._finished += 1
-        return TokenEvent(
-            sequence.request.id,
-            token,
-            sampled.logprobs[row],
-            self._version,
-            sampled.top_logprobs[row],
-            reason,
+    def _publish(self, sequence: Sequence) -> None:
+        before = sequence.published
+        self._runner.replace_pages(sequence, self._scheduler.publish(sequence))
+        if self._mover is not None:
+            self._mover.keep(sequence, range(before, sequence.published))
+
+    def _count_prompts(self, work: list[Work], started: float) -> None:
+        prompts = [
+            min(item.tokens, max(0, len(item.sequence.request.prompt_ids) - item.sequence.computed))
+            for item in work
+        ]
+        self._prompt_tokens += sum(prompts)
+        if self._mover is not None and max(prompts) > 1:
+            self._mover.saw_prefill(sum(prompts), time.perf_counter() - started)
+
+    def _show_pages(self, sequence: Sequence) -> None:
+        let_in = sequence.shown == 0
+        sequence.shown = self._runner.show_pages(sequence, sequence.shown)
+        if let_in and self._drafter is not None:
+            self._drafter.begin(sequence)
+
+
+def _stretch(item: Work) -> Stretch:
+    sequence = item.sequence
+    ids = sequence.ids[sequence.computed : sequence.computed + item.tokens]
+    if item.drafts:
+        ids = np.concatenate([ids, np.array(item.drafts, dtype=np.int64)])
+    return Stretch(sequence, sequence.computed, ids)
+
+
+def _check_sizes(pages: int, max_running: int, max_batch_tokens: int, drafts: int) -> None:
+    for name, value in (
+        ("pages", pages),
+        ("max_running", max_running),
+        ("max_batch_tokens", max_batch_tokens),
+    ):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    if max_batch_tokens < max_running:
+        raise InputError(
+            f"max_batch_tokens: expected at least max_running ({max_running}), got {max_batch_tokens}"
         )
+    if not 0 <= drafts <= 3:
+        raise InputError(f"drafts: expected 0 to 3, got {drafts}")

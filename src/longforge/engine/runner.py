@@ -1,62 +1,110 @@
-"""Turns a step's work into one packed batch and runs the model on it."""
+"""Turns stretches of tokens into one packed batch and runs the model on it."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from longforge.engine.scheduler import Sequence, Work
+from longforge.engine.sequence import Sequence
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "Stretch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Adjacent tokens of one sequence that go through the model together."""
+
+    sequence: Sequence
+    start: int
+    """Position of the first of them."""
+    ids: NDArray[np.int64]
 
 
 class Runner:
     """The model, its pages and the page table. Rows of the table belong to running sequences."""
 
-    def __init__(self, model: CausalLM, *, pages: int, max_running: int, context: int) -> None:
+    def __init__(
+        self, model: CausalLM, *, pages: int, max_running: int, context: int, drafts: bool = False
+    ) -> None:
         self.model = model
         self.device = model.device
         self.block_size = model.config.block_size
-        self.cache = KVCache(model.config, pages, model.device, model.dtype)
+        self.cache = KVCache(model.config, pages, model.device, model.dtype, drafts=drafts)
         self._page_table = np.full((max_running, -(-context // self.block_size)), -1, dtype=np.int32)
 
-    def enter(self, sequence: Sequence) -> None:
-        """Writes an admitted sequence's pages into its row."""
-        row = self._page_table[sequence.row]
-        row[:] = -1
-        row[: len(sequence.pages)] = sequence.pages
+    def show_pages(self, sequence: Sequence, known: int) -> int:
+        """Writes a sequence's pages behind the first `known` into its row. Returns how many it has."""
+        count = len(sequence.pages)
+        if count > known:
+            self._page_table[sequence.row, known:count] = sequence.pages[known:]
+        return count
 
-    def run(self, work: Seq[Work]) -> Tensor:
-        """Computes the work's tokens and fills their pages.
+    def replace_pages(self, sequence: Sequence, blocks: Seq[int]) -> None:
+        """Writes the pages of some blocks of a sequence anew."""
+        for block in blocks:
+            self._page_table[sequence.row, block] = sequence.pages[block]
 
-        Returns fp32 logits [B, V], a row per sampling work.
+    def run(self, stretches: Seq[Stretch], blocks: list[Tensor] | None = None) -> Tensor:
+        """Computes the stretches and fills their pages.
+
+        Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
         """
-        ids, layout, last_rows = self._pack(work)
+        ids, layout = self._pack(stretches)
         with torch.inference_mode():
-            hidden = self.model.forward_packed(ids, layout, self.cache, expert_loads=False).hidden
-            return self.model.logits(hidden[last_rows] if len(last_rows) < len(ids) else hidden)
+            hidden = self.model.forward_packed(
+                ids, layout, self.cache, expert_loads=False, blocks=blocks
+            ).hidden
+            if self.cache.tail is not None:
+                self._keep_tails(hidden, layout)
+            return hidden
 
-    def _pack(self, work: Seq[Work]) -> tuple[Tensor, PackedLayout, Tensor]:
-        """Ids int64 [N], their layout, and the packed row of each sampling work's last token."""
-        sequences = [item.sequence for item in work]
-        counts = np.array([item.tokens for item in work], dtype=np.int64)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits fp32 [B, V] of hidden states [B, d]."""
+        with torch.inference_mode():
+            return self.model.logits(hidden)
+
+    def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
+        """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
+        ids, layout = self._pack(stretches)
+        with torch.inference_mode():
+            return self.model.mtp_packed(before, ids, layout, cache=self.cache).hidden
+
+    def tail(self, page: int) -> Tensor:
+        """Hidden state [1, d] of a page's last token."""
+        assert self.cache.tail is not None, "tails are kept for drafts"
+        return self.cache.tail[page : page + 1]
+
+    def _keep_tails(self, hidden: Tensor, layout: PackedLayout) -> None:
+        assert self.cache.tail is not None, "tails are kept for drafts"
+        if len(hidden) == 1 and int(layout.slots[0]) % self.block_size != self.block_size - 1:
+            return
+        rows = (layout.slots % self.block_size == self.block_size - 1).nonzero()[:, 0]
+        if len(rows):
+            self.cache.tail.index_copy_(0, layout.slots[rows] // self.block_size, hidden[rows])
+
+    def _pack(self, stretches: Seq[Stretch]) -> tuple[Tensor, PackedLayout]:
+        """Ids int64 [N] and their layout."""
+        counts = np.array([len(s.ids) for s in stretches], dtype=np.int64)
+        starts = np.array([s.start for s in stretches], dtype=np.int64)
         ends = counts.cumsum()
-        starts = np.array([s.computed for s in sequences], dtype=np.int64)
-        paths = np.arange(len(work), dtype=np.int64)
+        paths = np.arange(len(stretches), dtype=np.int64)
         positions = starts
-        if ends[-1] != len(work):  # some work has more than one token
+        if ends[-1] != len(stretches):  # some stretch has more than one token
             paths = np.repeat(paths, counts)
             positions = np.arange(ends[-1]) + (starts - ends + counts)[paths]
         longest_blocks = int((starts + counts).max() - 1) // self.block_size + 1
-        table = self._page_table[[s.row for s in sequences], :longest_blocks]
+        table = self._page_table[[s.sequence.row for s in stretches], :longest_blocks]
         slots = (
             table[paths, positions // self.block_size] * np.int64(self.block_size)
             + positions % self.block_size
         )
+        ids = stretches[0].ids if len(stretches) == 1 else np.concatenate([s.ids for s in stretches])
         layout = PackedLayout(
             self._tensor(positions),
             self._tensor(paths),
@@ -64,20 +112,7 @@ class Runner:
             self._tensor(table),
             self.block_size,
         )
-        last_rows = ends[[item.samples for item in work]] - 1
-        return self._tensor(_ids(work)), layout, self._tensor(last_rows)
+        return self._tensor(ids), layout
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def _ids(work: Seq[Work]) -> np.ndarray:
-    if all(item.sequence.generated for item in work):
-        return np.array([item.sequence.last_token for item in work], dtype=np.int64)
-    return np.concatenate(
-        [
-            [s.last_token] if s.generated else s.prompt[s.computed : s.computed + item.tokens]
-            for item in work
-            for s in (item.sequence,)
-        ]
-    ).astype(np.int64, copy=False)

@@ -1,134 +1,223 @@
-"""Which tokens go through the model in the next step: continuous batching with chunked prefill.
+"""Which tokens go through the model in the next step: continuous batching with one rule.
 
-There is one rule for prompts and for generated tokens: a sequence has tokens that are known and tokens that
-are computed, and a step lets the computed ones catch up under the budget. (Rule from vLLM's v1 scheduler.)
+A sequence has tokens that are known and tokens that are computed, and a step lets the computed ones catch up
+under the budget. (Rule from vLLM's v1 scheduler.) A prompt, a chunk of one, the rest of a prompt behind a
+prefix hit, a sequence that comes back after preemption, and the verification of drafts are all this rule.
 
-Each step first gives every sequence that generates its one token, then spends what is left of the budget on
-prompts, first come, first served, in chunks. A waiting request is admitted only when a row is free and pages
-for its prompt and everything it may generate can be reserved; so a running request never runs out of pages
-and nothing is ever preempted. The price: a request that allows itself a long answer holds the pages of a long
-answer. The head of the queue is never overtaken.
+Sequences are ordered by priority, then arrival. Each step first gives those that generate their one token and
+their drafts, then spends what is left on longer stretches, in order. Pages are taken as they are needed. When
+none can be had, the last sequence in the order is preempted: its pages go back (those that are full stay in
+the prefix cache), it waits again and is recomputed later. So the first in the order always goes on, and
+since the door refuses what could never fit, everything ends.
+
+The head of the waiting line is never overtaken. It is let in when a row is free and its known tokens fit
+beside what runs; a head of a strictly better priority pushes out the last of those that run.
 """
 
-from collections import deque
+import heapq
+from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from longforge.engine.pages import PageAllocator
-from longforge.engine.request import GenerationRequest
+from longforge.engine.prefix_cache import PrefixCache
+from longforge.engine.sequence import Sequence
 
-__all__ = ["Scheduler", "Sequence", "Work"]
-
-
-class Sequence:
-    """A request inside the engine."""
-
-    __slots__ = (
-        "computed",
-        "generated",
-        "last_token",
-        "limit",
-        "pages",
-        "prompt",
-        "request",
-        "row",
-        "seed",
-        "stops",
-    )
-
-    def __init__(self, request: GenerationRequest, *, limit: int, seed: int) -> None:
-        self.request = request
-        self.prompt = np.asarray(request.prompt_ids, dtype=np.int64)
-        self.limit = limit
-        """Most tokens, prompt and generated together."""
-        self.seed = seed
-        self.stops = frozenset(request.params.stop_token_ids)
-        self.computed = 0
-        """Tokens whose keys and values are in the pages."""
-        self.generated = 0
-        self.last_token = -1
-        self.pages: list[int] = []
-        self.row = -1
-        """Row of the page table while running."""
-
-    @property
-    def known(self) -> int:
-        """Tokens of the prompt and those generated so far."""
-        return len(self.prompt) + self.generated
+__all__ = ["Scheduler", "Work"]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The next `tokens` uncomputed tokens of a sequence; `samples` if they are the last known ones."""
+    """The next `tokens` uncomputed tokens of a sequence and, behind them, its drafts.
+
+    `samples` if the tokens are the last known ones; only then are there drafts.
+    """
 
     sequence: Sequence
     tokens: int
+    drafts: tuple[int, ...]
     samples: bool
 
 
+class Restorer(Protocol):
+    """Brings pages that left the pool back into it."""
+
+    def __call__(self, sequence: Sequence, pages: list[int], most: int) -> list[int]:
+        """Pages behind `pages` on the sequence's path, held for it, at most `most`."""
+        ...
+
+
 class Scheduler:
-    """Queues, rows and reservations. Knows nothing of tensors."""
+    """Queues, rows and pages of requests. Knows nothing of tensors.
+
+    spare: positions behind the known tokens and drafts for which pages are kept ready (new drafts).
+    """
 
     def __init__(
-        self, pages: PageAllocator, *, block_size: int, max_running: int, max_batch_tokens: int
+        self,
+        cache: PrefixCache,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        spare: int = 0,
+        restore: Restorer | None = None,
+        on_preempt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
-        self._pages = pages
-        self._block_size = block_size
+        self._cache = cache
+        self._block_size = cache.block_size
         self._max_batch_tokens = max_batch_tokens
+        self._spare = spare
+        self._restore = restore
+        self._on_preempt = on_preempt
         self._free_rows = list(range(max_running - 1, -1, -1))
-        self.waiting: deque[Sequence] = deque()
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap
         self.running: list[Sequence] = []
-        """In order of admission."""
+        """In order."""
+        self.preemptions = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait to be let in."""
+        return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Lets a sequence wait."""
+        heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, waiting or running, and gives its row and all its pages back."""
-        if sequence.row < 0:
-            self.waiting.remove(sequence)
+        if sequence.row >= 0:
+            self._stop(sequence)
             return
-        self.running.remove(sequence)
-        self._pages.release(sequence.pages)
-        self._free_rows.append(sequence.row)
-        sequence.pages, sequence.row = [], -1
+        self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+        heapq.heapify(self._waiting)
 
-    def schedule(self) -> tuple[list[Work], list[Sequence]]:
-        """The next step's work, at most `max_batch_tokens` tokens, and the sequences it admitted."""
-        work: list[Work] = []
+    def schedule(self) -> list[Work]:
+        """The next step's work, at most `max_batch_tokens` tokens, drafts among them."""
+        work: dict[Sequence, Work] = {}
         budget = self._max_batch_tokens
-        prefilling: list[Sequence] = []
-        for sequence in self.running:
-            if sequence.generated == 0:
-                prefilling.append(sequence)
-            elif budget > 0:
-                work.append(Work(sequence, 1, True))
-                budget -= 1
-        for sequence in prefilling:
-            budget -= self._chunk(sequence, budget, work)
-        admitted: list[Sequence] = []
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            admitted.append(sequence)
-            budget -= self._chunk(sequence, budget, work)
-        return work, admitted
+        for generating in (True, False):
+            for sequence in tuple(self.running):
+                if budget > 0 and sequence.row >= 0 and self._generates(sequence) == generating:
+                    budget -= self._give(sequence, budget, work)
+        while budget > 0 and self._waiting and self._let_in(work):
+            budget -= self._give(self._newest, budget, work)
+        return list(work.values())
 
-    def _admit(self, sequence: Sequence) -> bool:
-        # The last generated token is never fed back, so its key needs no slot.
-        needed = -(-(sequence.limit - 1) // self._block_size)
-        if not self._free_rows or not self._pages.can_allocate(needed):
-            return False
-        sequence.row = self._free_rows.pop()
-        sequence.pages = self._pages.allocate(needed)
-        self.running.append(sequence)
+    def publish(self, sequence: Sequence) -> list[int]:
+        """Makes the pages that a sequence has filled known to others. Returns the pages that changed."""
+        changed = []
+        while sequence.root is not None and (sequence.published + 1) * self._block_size <= sequence.computed:
+            block = sequence.published
+            before = sequence.pages[block - 1] if block else None
+            own = sequence.pages[block]
+            page = self._cache.add(sequence.root, before, sequence.block_ids(block, self._block_size), own)
+            if page != own:
+                sequence.pages[block] = page
+                changed.append(block)
+            sequence.published += 1
+        return changed
+
+    def _generates(self, sequence: Sequence) -> bool:
+        return sequence.known - sequence.computed == 1 and sequence.generated > 0
+
+    def _give(self, sequence: Sequence, budget: int, work: dict[Sequence, Work]) -> int:
+        """Plans a sequence's next tokens; returns how many of the budget that takes, drafts included."""
+        left = sequence.known - sequence.computed
+        tokens = min(left, budget)
+        drafts = sequence.drafts[: budget - tokens] if tokens == left else ()
+        if tokens == 0 or not self._make_room(sequence, sequence.computed + tokens + len(drafts), work):
+            return 0
+        work[sequence] = Work(sequence, tokens, drafts, tokens == left)
+        return tokens + len(drafts)
+
+    def _make_room(self, sequence: Sequence, positions: int, work: dict[Sequence, Work]) -> bool:
+        """Takes the pages for `positions` tokens, preempting from the end of the order. False if it had to
+        go itself."""
+        # The last token is never fed back, so its key needs no slot.
+        positions = min(positions + self._spare, sequence.limit - 1)
+        short = -(-positions // self._block_size) - len(sequence.pages)
+        while short > self._cache.available:
+            last = self.running[-1]
+            self._preempt(last)
+            work.pop(last, None)
+            if last is sequence:
+                return False
+        if short > 0:
+            sequence.pages += self._cache.take(short)
         return True
 
-    @staticmethod
-    def _chunk(sequence: Sequence, budget: int, work: list[Work]) -> int:
-        left = len(sequence.prompt) - sequence.computed
-        tokens = min(left, budget)
-        if tokens > 0:
-            work.append(Work(sequence, tokens, tokens == left))
-        return tokens
+    def _let_in(self, work: dict[Sequence, Work]) -> bool:
+        """Lets the head of the line in, if it can be."""
+        head = self._waiting[0][1]
+        while not self._admit(head):
+            last = self.running[-1] if self.running else None
+            if last is None or last.request.priority <= head.request.priority:
+                return False
+            self._preempt(last)
+            work.pop(last, None)
+            if self._waiting[0][1] is not head:
+                return False
+        heapq.heappop(self._waiting)
+        insort(self.running, head, key=lambda s: s.order)
+        self._newest = head
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if not self._free_rows:
+            return False
+        found = self._find(sequence)
+        self._cache.hold(found)
+        positions = min(sequence.known + self._spare, sequence.limit - 1)
+        needed = -(-positions // self._block_size) - len(found)
+        # Beside others, a page for each of them is left, so that the next step need not push this one out.
+        if needed + len(self.running) * bool(self.running) > self._cache.available:
+            self._cache.release(found)
+            return False
+        found += self._restored(sequence, found)
+        first_time = sequence.generated == 0 and not sequence.cached_tokens
+        if first_time and sequence.root is not None:
+            sequence.cached_tokens = len(found) * self._block_size
+            self.queried_tokens += sequence.known
+            self.hit_tokens += sequence.cached_tokens
+        sequence.pages = found
+        sequence.published = len(found)
+        sequence.computed = len(found) * self._block_size
+        sequence.row = self._free_rows.pop()
+        return True
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        if sequence.root is None or sequence.request.params.prompt_logprobs is not None:
+            return []
+        ids: NDArray[np.int64] = sequence.ids[: sequence.known]
+        return self._cache.find(sequence.root, ids, self._most_found(sequence))
+
+    def _restored(self, sequence: Sequence, found: list[int]) -> list[int]:
+        most = self._most_found(sequence) - len(found)
+        if self._restore is None or sequence.root is None or most <= 0:
+            return []
+        if sequence.request.params.prompt_logprobs is not None:
+            return []
+        return self._restore(sequence, found, most)
+
+    def _most_found(self, sequence: Sequence) -> int:
+        """Pages that may be found: at least one token is left to compute, since one has to be sampled."""
+        return (sequence.known - 1) // self._block_size
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self.preemptions += 1
+        self._on_preempt(sequence)
+        self.add(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._cache.release(sequence.pages)
+        self._free_rows.append(sequence.row)
+        sequence.pages, sequence.row, sequence.published, sequence.shown = [], -1, 0, 0
+        sequence.computed, sequence.drafts = 0, ()

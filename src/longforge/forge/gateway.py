@@ -28,21 +28,26 @@ from longforge.chat.parser import parse
 from longforge.errors import ContextOverflow, EngineError, InputError
 from longforge.forge.engine_client import Completion, EngineClient, EngineGone
 from longforge.forge.pool import Pool
+from longforge.forge.served_fields import unserved_field
 from longforge.protocol import Call, Message, StopReason
+from longforge.server.chat_request import ChatRequest
 from longforge.server.invalid import describe_invalid
 from longforge.server.replies import (
     DONE,
     ReplyHead,
     chat_body,
+    chat_choice,
     chat_chunk,
     chat_delta_tool_call,
     error_body,
     finish_reason,
     new_call_id,
+    reply_message,
     sse,
+    thinking_fields,
     usage_body,
 )
-from longforge.server.wire import ChatRequest, message_body, to_messages
+from longforge.server.wire import message_body, to_messages
 
 __all__ = ["Gateway", "Policy", "call_seed"]
 
@@ -180,8 +185,8 @@ class Gateway:
 
     async def _answer(self, session: _Session, chat: ChatRequest) -> Response:
         thinking = session.policy.thinking
-        if session.policy.allow_request_sampling and chat.thinking is not None:
-            thinking = chat.thinking.type
+        if session.policy.allow_request_sampling and chat.asked_thinking is not None:
+            thinking = chat.asked_thinking
         messages, prompt = self._prompt(chat, thinking)
         index = session.calls
         session.calls += 1
@@ -210,9 +215,9 @@ class Gateway:
         return self._reply(chat, call, message)
 
     def _prompt(self, chat: ChatRequest, thinking: ThinkingMode) -> tuple[list[Message], list[int]]:
-        if chat.stops or chat.stop_token_ids:
-            field_name = "stop" if chat.stops else "stop_token_ids"
-            raise _Refused(400, f"{field_name}: a run does not serve it; the model's own stop ends a call")
+        if (name := unserved_field(chat)) is not None:
+            message = f"{name}: a run does not serve it; its calls are recorded as its policy samples them"
+            raise _Refused(400, message, param=name)
         try:
             messages = to_messages(chat.messages)
             prompt = encode_prompt(
@@ -257,10 +262,14 @@ class Gateway:
         head = ReplyHead(self._model_name, "chatcmpl")
         reason = StopReason(call.stop_reason)
         usage = usage_body(len(call.prompt_ids), len(call.sampled_ids))
+        split = bool(chat.reasoning_split)
         if not chat.stream:
-            return JSONResponse(chat_body(head, message, reason, usage))
+            finish = finish_reason(reason, tool_calls=bool(message.tool_calls))
+            choice = chat_choice(reply_message(message, split=split), finish)
+            return JSONResponse(chat_body(head, [choice], usage))
         last = usage if chat.wants_usage_chunk else None
-        return StreamingResponse(_events(head, message, reason, last), media_type="text/event-stream")
+        events = _events(head, message, reason, last, split)
+        return StreamingResponse(events, media_type="text/event-stream")
 
 
 def call_seed(run_seed: int, episode_id: str, index: int) -> int:
@@ -278,21 +287,22 @@ def _body(raw: bytes) -> ChatRequest:
 
 
 async def _events(
-    head: ReplyHead, message: Message, reason: StopReason, usage: dict[str, int] | None
+    head: ReplyHead, message: Message, reason: StopReason, usage: dict[str, Any] | None, split: bool
 ) -> AsyncIterator[bytes]:
     """A finished answer as the events of a stream."""
-    for delta in _deltas(message):
-        yield sse(chat_chunk(head, delta))
-    yield sse(chat_chunk(head, {}, finish_reason(reason, tool_calls=bool(message.tool_calls))))
+    rest: dict[str, Any] = {} if usage is None else {"usage": None}
+    for delta in _deltas(message, split):
+        yield sse(chat_chunk(head, delta) | rest)
+    yield sse(chat_chunk(head, {}, finish_reason(reason, tool_calls=bool(message.tool_calls))) | rest)
     if usage is not None:
         yield sse(head.body("chat.completion.chunk", choices=[], usage=usage))
     yield DONE
 
 
-def _deltas(message: Message) -> Iterator[dict[str, Any]]:
+def _deltas(message: Message, split: bool) -> Iterator[dict[str, Any]]:
     yield {"role": "assistant", "content": ""}
     if message.thinking:
-        yield {"reasoning_content": message.thinking}
+        yield thinking_fields(message.thinking, split=split)
     if message.content:
         yield {"content": message.content}
     for index, call in enumerate(message.tool_calls):

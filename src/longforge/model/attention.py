@@ -101,6 +101,8 @@ class SparseAttention(DenseAttention):
                 blocks = select_blocks(
                     index_q, index_k_pages, layout, self.config.top_k_blocks, backend=backend
                 )
+        if step.blocks is not None and blocks is not None:
+            step.blocks.append(blocks)
         if step.measure_recall:
             assert blocks is not None
             step.recalls.append(float(selection_recall(q, k_pages, blocks, layout)))

@@ -103,6 +103,7 @@ class CausalLM(nn.Module):
         index_loss: bool = False,
         index_weights: Tensor | None = None,
         expert_loads: bool = True,
+        blocks: list[Tensor] | None = None,
     ) -> PackedOutput:
         """Hidden states of packed tokens (ids int64 [N]); the one forward of training, prefill and decode.
 
@@ -112,9 +113,11 @@ class CausalLM(nn.Module):
         phase          "warmup": sparse layers attend to the whole prefix, and so does the index loss
         index_loss     whether to compute it; `index_weights` [N] weigh its tokens
         expert_loads   whether to count what each expert gets
+        blocks         gets the blocks that each sparse layer selects, [N, Hkv, K]
         """
         self._check(ids, layout, cache)
         step = self._step(layout, cache, phase, index_loss, index_weights, expert_loads)
+        step.blocks = blocks
         hidden = self.model(ids, step)
         return _output(hidden, step)
 
@@ -134,11 +137,13 @@ class CausalLM(nn.Module):
         layout: PackedLayout,
         module: int = 0,
         *,
+        cache: KVCache | None = None,
         phase: Phase = "sparse",
         index_loss: bool = False,
         index_weights: Tensor | None = None,
     ) -> PackedOutput:
-        """One MTP module over packed tokens: teacher-forced, for training.
+        """One MTP module over packed tokens: teacher-forced, for training; with a cache, for drafting (there
+        the layout's positions are those of `next_ids`, see `KVCache`).
 
         hidden [N, d] of the main model (module 0) or of the module before; next_ids int64 [N] holds, for
         module i, the token i+1 further than each position (any valid id where the path has ended: give those
@@ -146,8 +151,8 @@ class CausalLM(nn.Module):
         """
         if not 0 <= module < len(self.mtp):
             raise InputError(f"module: the model has {len(self.mtp)} MTP modules, got index {module}")
-        self._check(next_ids, layout, None)
-        step = self._step(layout, None, phase, index_loss, index_weights, count_loads=True)
+        self._check(next_ids, layout, cache)
+        step = self._step(layout, cache, phase, index_loss, index_weights, count_loads=cache is None)
         return _output(self.mtp[module](hidden, self.model.embed_tokens(next_ids), step), step)
 
     def mtp_hidden(self, hidden: Tensor, next_ids: Tensor, layout: PackedLayout, module: int = 0) -> Tensor:

@@ -34,6 +34,8 @@ class Step:
     """One scalar per sparse layer passed."""
     expert_loads: list[Tensor] = field(default_factory=list)
     """int64 [E] per expert layer passed."""
+    blocks: list[Tensor] | None = None
+    """Where to put the blocks that each sparse layer selects, [N, Hkv, K]; None: nowhere."""
     recalls: list[float] = field(default_factory=list)
     """Attention mass inside the selected blocks, one per sparse layer passed."""
 

@@ -1,45 +1,68 @@
-"""POST /admin/weights: new weights from a folder into the running engine.
-
-For processes on the same machine only.
-"""
+"""Operators' endpoints: new weights, pause and resume, an empty cache. For the holder of the admin key; on a
+server without keys, for processes on the same machine."""
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from longforge.errors import CheckpointError, EngineError
 from longforge.model import CausalLM, ModelConfig
-from longforge.server.service import Service, error_reply
+from longforge.server.service import Service, caller_of, error_reply
 from longforge.server.wire import WeightsRequest
 
 __all__ = ["admin_router", "load_state"]
 
-LOOPBACK = frozenset({"127.0.0.1", "::1", "::ffff:127.0.0.1"})
+
+def only_admin(request: Request) -> None:
+    """HTTPException 403 unless the caller may change the server's state."""
+    if not caller_of(request).admin:
+        raise HTTPException(
+            403, "needs the key named 'admin', or on a server without keys a request from this machine"
+        )
 
 
 def admin_router(service: Service) -> APIRouter:
-    """The endpoint. It answers when the new weights are active, or with what is wrong and nothing changed."""
-    router = APIRouter()
+    """The endpoints."""
+    router = APIRouter(dependencies=[Depends(only_admin)])
+    loop = service.loop
     one_at_a_time = asyncio.Lock()
 
     @router.post("/admin/weights", response_model=None)
-    async def weights(body: WeightsRequest, request: Request) -> Response:
-        if request.client is None or request.client.host not in LOOPBACK:
-            message = "/admin/weights: answers only requests from this machine"
-            return error_reply(403, message, "permission_error")
+    async def weights(body: WeightsRequest) -> Response:
+        """Answers when the new weights are active, or with what is wrong and nothing changed."""
         async with one_at_a_time:
-            state = await asyncio.to_thread(load_state, Path(body.path), service.loop.engine.config)
+            state = await asyncio.to_thread(load_state, Path(body.path), loop.engine.config)
             try:
-                await service.loop.swap_weights(state, body.version)
+                await loop.swap_weights(state, body.version)
             except EngineError as error:
-                status = 503 if service.loop.failure else 409
+                status = 503 if loop.failure else 409
                 return error_reply(status, str(error), "conflict_error", param="version")
-        return JSONResponse({"version": service.loop.engine.version})
+        return JSONResponse({"version": loop.engine.version})
+
+    @router.post("/pause")
+    async def pause() -> dict[str, bool]:
+        """Computes nothing until /resume; open requests wait."""
+        loop.pause()
+        return {"is_paused": loop.paused}
+
+    @router.post("/resume")
+    async def resume() -> dict[str, bool]:
+        loop.resume()
+        return {"is_paused": loop.paused}
+
+    @router.get("/is_paused")
+    async def is_paused() -> dict[str, bool]:
+        return {"is_paused": loop.paused}
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> dict[str, int]:
+        """Forgets all cached pages that nobody uses."""
+        return {"pages": await loop.reset_cache()}
 
     return router
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from longforge.chat import StreamDecoder, Tokenizer
 from longforge.engine import TokenEvent
+from longforge.errors import LongforgeError
 from longforge.protocol import SamplingParams, StopReason
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.observed import Observed, Observer, ignore
 from longforge.server.stops import StopStrings
 
 __all__ = ["Answer", "Part"]
@@ -20,6 +22,8 @@ class Part:
     events: list[TokenEvent]
     reason: StopReason | None
     """Set on the last part."""
+    pieces: list[str]
+    """What each event adds to `text`."""
 
 
 class Answer:
@@ -40,6 +44,7 @@ class Answer:
         tenant: str = "",
         priority: int = 0,
         report_blocks: bool = False,
+        observer: Observer = ignore,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.cached_tokens = 0
@@ -47,6 +52,8 @@ class Answer:
         self.stop_string: str | None = None
         """The stop string that ended the answer."""
         self._loop = loop
+        self._observer: Observer | None = observer
+        self._outcome = "abort"
         self._decoder = StreamDecoder(tokenizer)
         self._stop_ids = frozenset(params.stop_token_ids)
         self._stops = StopStrings(stops)
@@ -63,35 +70,49 @@ class Answer:
     def close(self) -> None:
         """Cancels the generation if it still runs."""
         self._loop.close(self._generation)
+        if self._observer is not None:
+            generation, observer, self._observer = self._generation, self._observer, None
+            observer(Observed(self._outcome, generation.opened, tuple(generation.arrivals)))
 
     async def parts(self) -> AsyncIterator[Part]:
         """The parts in order; the last one has a reason.
 
         Errors: EngineError if the engine stops before the end.
         """
-        async for batch in self._generation.batches():
-            part = self._part(batch)
-            yield part
-            if part.reason is not None:
-                return
+        try:
+            async for batch in self._generation.batches():
+                part = self._part(batch)
+                if part.reason is not None:
+                    self._outcome = part.reason.value
+                    self.close()
+                yield part
+                if part.reason is not None:
+                    return
+        except LongforgeError:
+            self._outcome = "error"
+            raise
 
     async def whole(self) -> Part:
         """Everything as one part."""
-        text, events, reason = "", [], None
+        events: list[TokenEvent] = []
+        pieces: list[str] = []
+        reason = None
         async for part in self.parts():
-            text, events, reason = text + part.text, events + part.events, part.reason
-        return Part(text, events, reason)
+            events += part.events
+            pieces += part.pieces
+            reason = part.reason
+        return Part("".join(pieces), events, reason, pieces)
 
     def _part(self, batch: list[TokenEvent]) -> Part:
-        text = ""
+        pieces: list[str] = []
         self.cached_tokens = batch[0].cached_tokens
         for place, event in enumerate(batch):
             stopped = event.stop_reason is StopReason.STOP and event.token_id in self._stop_ids
-            text += self._stops.push("" if stopped else self._decoder.push((event.token_id,)))
+            text = self._stops.push("" if stopped else self._decoder.push((event.token_id,)))
             if event.stop_reason is not None and self._stops.found is None:
                 text += self._stops.push(self._decoder.flush()) + self._stops.finish()
+            pieces.append(text)
             if self._stops.found is not None:
                 self.stop_string = self._stops.found
-                self.close()
-                return Part(text, batch[: place + 1], StopReason.STOP)
-        return Part(text, batch, batch[-1].stop_reason)
+                return Part("".join(pieces), batch[: place + 1], StopReason.STOP, pieces)
+        return Part("".join(pieces), batch, batch[-1].stop_reason, pieces)

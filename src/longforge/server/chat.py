@@ -1,25 +1,21 @@
-"""POST /v1/chat/completions: a conversation in, a message with thinking and tool calls out."""
+"""POST /v1/chat/completions: a conversation in, messages with thinking and tool calls out."""
 
-from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from longforge.chat.parser import Delta
-from longforge.errors import LongforgeError
-from longforge.server.replies import (
-    DONE,
-    ReplyHead,
-    chat_body,
-    chat_chunk,
-    finish_reason,
-    sse,
-    usage_body,
-)
-from longforge.server.service import EventStream, Service, caller_of, failed, model_check, unless_gone
+from longforge.engine import TokenEvent
+from longforge.protocol import Message, StopReason
+from longforge.server.chat_request import ChatRequest
+from longforge.server.chat_stream import ChatStream, turn_usage
+from longforge.server.choices import all_of, close_all, open_all
+from longforge.server.replies import ReplyHead, chat_body, chat_choice, finish_reason, reply_message
+from longforge.server.service import Caller, EventStream, Service, caller_of, model_check, unless_gone
+from longforge.server.token_report import chat_logprobs
 from longforge.server.turn import Turn
-from longforge.server.wire import ChatRequest, to_messages
+from longforge.server.wire import to_messages
 
 __all__ = ["chat_router"]
 
@@ -32,69 +28,69 @@ def chat_router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         if wrong := model_check(service, body.model):
             return wrong
-        turn = Turn(
-            service,
-            caller_of(request),
-            to_messages(body.messages),
-            body.params(body.limit, ()),
-            tools=body.offered_tools,
-            thinking=body.thinking_mode,
-            stops=body.stops,
-            eager=bool(body.stream),
-        )
+        turns = open_turns(service, caller_of(request), body)
         head = ReplyHead(service.model_name, "chatcmpl")
         if body.stream:
-            return EventStream(_events(turn, body, head), turn.close)
+            return EventStream(ChatStream(service, turns, body, head).events(), partial(close_all, turns))
         try:
-            message, reason = await unless_gone(request, turn.whole())
+            answers = await unless_gone(request, all_of([turn.whole_with_events() for turn in turns]))
         finally:
-            turn.close()
-        usage = usage_body(len(turn.prompt_ids), turn.completion_tokens)
-        return JSONResponse(chat_body(head, message, reason, usage))
+            close_all(turns)
+        return JSONResponse(_reply(service, body, head, turns, answers))
 
     return router
 
 
-async def _events(turn: Turn, body: ChatRequest, head: ReplyHead) -> AsyncIterator[bytes]:
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        whole = chat_chunk(head, delta, finish)
-        return sse({**whole, "usage": None} if body.wants_usage_chunk else whole)
+def open_turns(service: Service, caller: Caller, body: ChatRequest) -> list[Turn]:
+    """The choices of a request, each with a seed of its own. The conversation is encoded once."""
+    messages = to_messages(body.messages)
+    prompt: list[int] = []
 
-    place = -1
-    yield chunk({"role": "assistant", "content": ""})
-    try:
-        async for part in turn.parts():
-            for delta in part.deltas:
-                place += delta.kind == "call_start"
-                if fields := _delta_body(delta, place):
-                    yield chunk(fields)
-            if part.reason is not None:
-                yield chunk({}, finish_reason(part.reason, tool_calls=turn.calls > 0))
-    except LongforgeError as error:
-        yield sse(failed(error)[1])
-        return
-    if body.wants_usage_chunk:
-        usage = usage_body(len(turn.prompt_ids), turn.completion_tokens)
-        yield sse(head.body("chat.completion.chunk", choices=[], usage=usage))
-    yield DONE
+    def opener(choice: int) -> Turn:
+        turn = Turn(
+            service,
+            caller,
+            messages,
+            body.params((), choice, top_logprobs=body.alternatives),
+            tools=body.offered_tools,
+            thinking=body.thinking_mode,
+            constraint=body.constraint,
+            stops=body.stops,
+            eager=bool(body.stream),
+            priority=body.priority or 0,
+            report_blocks=bool(body.report_blocks),
+            prompt_ids=prompt or None,
+            stop_ids=() if body.ignore_eos else None,
+        )
+        prompt[:] = turn.prompt_ids
+        return turn
+
+    return open_all([partial(opener, choice) for choice in range(body.choices)])
 
 
-def _delta_body(delta: Delta, place: int) -> dict[str, Any]:
-    """The fields of one chunk's delta; none for the end of a call, which says nothing new."""
-    match delta.kind:
-        case "thinking":
-            return {"reasoning_content": delta.text}
-        case "content":
-            return {"content": delta.text}
-        case "call_start":
-            assert delta.call is not None, "a call starts with its name"
-            function = {"name": delta.call.name, "arguments": ""}
-            return {
-                "tool_calls": [
-                    {"index": place, "id": delta.call.id, "type": "function", "function": function}
-                ]
-            }
-        case "call_arguments":
-            return {"tool_calls": [{"index": place, "function": {"arguments": delta.text}}]}
-        case _:
-            return {}
+Answered = tuple[Message, StopReason, list[TokenEvent]]
+
+
+def _reply(
+    service: Service, body: ChatRequest, head: ReplyHead, turns: list[Turn], answers: list[Answered]
+) -> dict[str, Any]:
+    choices = [_choice(service, body, place, turns[place], answer) for place, answer in enumerate(answers)]
+    reply = chat_body(head, choices, turn_usage(turns))
+    if body.return_token_ids:
+        reply["prompt_token_ids"] = list(turns[0].prompt_ids)
+    return reply
+
+
+def _choice(service: Service, body: ChatRequest, place: int, turn: Turn, answer: Answered) -> dict[str, Any]:
+    message, reason, events = answer
+    finish = finish_reason(reason, tool_calls=bool(message.tool_calls), named=body.named_tool is not None)
+    logprobs = None
+    if body.logprobs:
+        logprobs = chat_logprobs(service.tokenizer, events, body.alternatives, turn.stop_ids)
+    split = bool(body.reasoning_split)
+    choice = chat_choice(reply_message(message, split=split), finish, index=place, logprobs=logprobs)
+    if body.return_token_ids:
+        choice["prompt_token_ids"] = list(turn.prompt_ids)
+        choice["token_ids"] = [event.token_id for event in events]
+        choice["weight_versions"] = [event.version for event in events]
+    return choice

@@ -1,27 +1,29 @@
 """POST /v1/completions: text or token ids in, text and on demand token ids and log-probabilities out."""
 
 from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from longforge.chat import Tokenizer
-from longforge.engine import TokenEvent
 from longforge.errors import LongforgeError
-from longforge.server.answer import Answer, Part
-from longforge.server.replies import (
-    DONE,
-    ReplyHead,
-    TokenRecord,
-    completion_body,
-    completion_choice,
-    sse,
-    usage_body,
+from longforge.server.choices import all_of, close_all, merged, open_all
+from longforge.server.completion import Completion
+from longforge.server.completion_request import CompletionRequest
+from longforge.server.replies import DONE, ReplyHead, sse, usage_body
+from longforge.server.service import (
+    EventStream,
+    Service,
+    caller_of,
+    failed,
+    model_check,
+    unless_gone,
 )
-from longforge.server.service import EventStream, Service, failed, model_check, unless_gone
-from longforge.server.wire import CompletionRequest
 
 __all__ = ["completions_router"]
+
+KIND = "text_completion"
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -32,64 +34,51 @@ def completions_router(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         if wrong := model_check(service, body.model):
             return wrong
-        prompt = service.tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-        params = body.params(body.limit, service.tokenizer.stop_ids, body.logprobs or 0)
-        answer = Answer(
-            service.loop, service.tokenizer, prompt, params, stops=body.stops, eager=bool(body.stream)
+        caller = caller_of(request)
+        prompts = [
+            service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
+        ]
+        answers = open_all(
+            [
+                partial(Completion, service, caller, body, prompt, place * body.choices + choice, choice)
+                for place, prompt in enumerate(prompts)
+                for choice in range(body.choices)
+            ]
         )
         head = ReplyHead(service.model_name, "cmpl")
         if body.stream:
-            return EventStream(_events(answer, body, head, service.tokenizer), answer.close)
+            return EventStream(_events(answers, body, head), partial(close_all, answers))
         try:
-            part = await unless_gone(request, answer.whole())
+            choices = await unless_gone(request, all_of([answer.whole() for answer in answers]))
         finally:
-            answer.close()
-        choice = _choice(part, body, service.tokenizer, prompt)
-        return JSONResponse(completion_body(head, choice, usage_body(len(prompt), len(part.events))))
+            close_all(answers)
+        return JSONResponse(head.body(KIND, choices=choices, usage=_usage(answers, body)))
 
     return router
 
 
 async def _events(
-    answer: Answer, body: CompletionRequest, head: ReplyHead, tokenizer: Tokenizer
+    answers: list[Completion], body: CompletionRequest, head: ReplyHead
 ) -> AsyncIterator[bytes]:
-    tokens = characters = 0
+    more: dict[str, Any] = {"usage": None} if body.wants_usage_chunk else {}
     try:
-        async for part in answer.parts():
-            prompt_ids = None if tokens else list(answer.prompt_ids)
-            choice = _choice(part, body, tokenizer, prompt_ids, offset=characters)
-            yield sse(completion_body(head, choice, None))
-            tokens += len(part.events)
-            characters += len(part.text)
+        async for _, choice in merged([answer.chunks() for answer in answers]):
+            if body.wants_usage_always:
+                more["usage"] = _usage(answers, body)
+            yield sse(head.body(KIND, choices=[choice], **more))
     except LongforgeError as error:
         yield sse(failed(error)[1])
         return
     if body.wants_usage_chunk:
-        usage = usage_body(len(answer.prompt_ids), tokens)
-        yield sse(head.body("text_completion", choices=[], usage=usage))
+        yield sse(head.body(KIND, choices=[], usage=_usage(answers, body)))
     yield DONE
 
 
-def _choice(
-    part: Part,
-    body: CompletionRequest,
-    tokenizer: Tokenizer,
-    prompt_ids: list[int] | None,
-    offset: int = 0,
-) -> dict[str, object]:
-    return completion_choice(
-        part.text,
-        [_record(event, tokenizer, with_text=body.logprobs is not None) for event in part.events],
-        part.reason,
-        logprobs=body.logprobs,
-        return_token_ids=bool(body.return_token_ids),
-        prompt_ids=prompt_ids,
-        offset=offset,
+def _usage(answers: list[Completion], body: CompletionRequest) -> dict[str, Any]:
+    """The tokens of all answers; each prompt counts once."""
+    firsts = answers[:: body.choices]
+    return usage_body(
+        sum(len(answer.prompt_ids) for answer in firsts),
+        sum(answer.completion_tokens for answer in answers),
+        cached_tokens=sum(answer.cached_tokens for answer in firsts),
     )
-
-
-def _record(event: TokenEvent, tokenizer: Tokenizer, *, with_text: bool) -> TokenRecord:
-    if not with_text:
-        return TokenRecord(event.token_id, "", event.logprob, event.version)
-    top = tuple((tokenizer.decode((token,)), logprob) for token, logprob in event.top_logprobs)
-    return TokenRecord(event.token_id, tokenizer.decode((event.token_id,)), event.logprob, event.version, top)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -35,6 +36,10 @@ class Generation:
     def __init__(self, request: GenerationRequest, *, eager: bool) -> None:
         self.request = request
         self.eager = eager
+        self.opened = time.perf_counter()
+        self.arrivals: list[float] = []
+        """When each token came, in seconds of `time.perf_counter`; the last may still be on its way to the
+        reader."""
         self._events: deque[TokenEvent] = deque()
         self._news = asyncio.Event()
         self._error: LongforgeError | None = None
@@ -183,6 +188,12 @@ class EngineLoop:
         """`Engine.swap_weights` between two steps; returns when the new weights are active."""
         await asyncio.wrap_future(self._command(lambda: self.engine.swap_weights(state, version)))
 
+    async def reset_cache(self) -> int:
+        """`Engine.reset_cache` between two steps. Returns how many pages were forgotten."""
+        forgotten: list[int] = []
+        await asyncio.wrap_future(self._command(lambda: forgotten.append(self.engine.reset_cache())))
+        return forgotten[0]
+
     def stats(self) -> EngineStats:
         """Counters of the engine, at most one step old."""
         return self.engine.stats()
@@ -253,6 +264,7 @@ class EngineLoop:
 
     def _deliver(self, events: Sequence[TokenEvent | RequestFailed]) -> None:
         news: list[Generation] = []
+        now = time.perf_counter()
         for event in events:
             generation = self._generations[event.request_id]
             if isinstance(event, RequestFailed):
@@ -262,6 +274,7 @@ class EngineLoop:
                 news.append(generation)
                 continue
             generation._events.append(event)
+            generation.arrivals.append(now)
             if event.stop_reason is not None:
                 generation._ended = True
                 del self._generations[event.request_id]

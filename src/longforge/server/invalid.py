@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["describe_invalid"]
 
 # Pydantic adds the names of union members to the place of an error; they are no keys of the body.
-_UNION_MEMBERS = {"str", "int", "float", "bool", "none", "list"}
+_UNION_MEMBERS = {"str", "int", "float", "bool", "none", "list", "NamedTool"}
 
 
 def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
@@ -16,14 +16,14 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
     errors: pydantic's list of errors; FastAPI prefixes each place with "body".
     """
     first = errors[0]
-    if first["type"] != "extra_forbidden" and first["loc"][-1] in _UNION_MEMBERS:
+    if first["type"] != "extra_forbidden" and _is_union_member(first["loc"][-1]):
         # Every member of a union complains; the one that got furthest into the value is the one that was
         # meant.
         union = first["loc"][:-1]
         first = max((e for e in errors if e["loc"][: len(union)] == union), key=lambda e: len(e["loc"]))
     place = [part for part in first["loc"] if part != "body"]
     field = str(place[0]) if place and isinstance(place[0], str) else None
-    keys = [p for p in place if isinstance(p, int) or not (p in _UNION_MEMBERS or "[" in p)]
+    keys = [p for p in place if not _is_union_member(p)]
     if first["type"] == "extra_forbidden" and keys[-1:] != place[-1:]:
         keys.append(place[-1])  # an unknown field is the body's own word, whatever it looks like
     path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".") or "body"
@@ -36,9 +36,16 @@ def describe_invalid(errors: Sequence[Any]) -> tuple[str, str | None]:
         return f"body: expected JSON, got something else ({first['ctx']['error']})", None
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if first["type"] == "value_error" and not place:
+        named = message.partition(":")[0]  # a rule about several fields names them itself
+        return message, named if named.isidentifier() else None
     if first["type"] == "value_error":
         return f"{path}: {message}", field
     return f"{path}: {message}, got {_shown(first.get('input'))}", field
+
+
+def _is_union_member(part: Any) -> bool:
+    return isinstance(part, str) and (part in _UNION_MEMBERS or "[" in part)
 
 
 def _shown(value: Any) -> str:

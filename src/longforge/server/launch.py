@@ -1,6 +1,7 @@
 """From a model folder to a running server."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from longforge.chat import Tokenizer
 from longforge.chat.tokens import EOS
 from longforge.engine import Engine
+from longforge.engine.grammar import Grammars
 from longforge.errors import CheckpointError, InputError
 from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
@@ -17,10 +19,14 @@ from longforge.server.app import create_app
 from longforge.server.banner import Features, ServerFacts, banner
 from longforge.server.cores import free_cores
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.front_door import LOOPBACK_HOSTS, Door
+from longforge.server.keys import ApiKeys
 from longforge.server.placement import choose_placement
-from longforge.server.running import bind, run_server, url_of
+from longforge.server.running import Drain, bind, run_server, url_of
 
-__all__ = ["default_pages", "load", "model_folder", "serve"]
+__all__ = ["default_pages", "load", "model_folder", "serve", "served_hosts"]
+
+KEY_VARIABLE = "LONGFORGE_API_KEY"
 
 POOL_REQUESTS = 16
 """The default pool holds this many requests that fill the context, if they fit POOL_BYTES."""
@@ -37,6 +43,12 @@ def serve(
     threads: int | None = None,
     pages: int | None = None,
     max_running: int = 64,
+    max_requests: int = 1024,
+    max_queued_tokens: int = 64_000_000,
+    api_key_file: Path | None = None,
+    allowed_hosts: Sequence[str] = (),
+    max_body_bytes: int = 64 * 2**20,
+    drain_seconds: float = 30.0,
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
@@ -44,11 +56,21 @@ def serve(
     """Serves a model folder (None: the shipped demo model) until Ctrl-C or SIGTERM.
 
     name: the model's name in requests (None: the folder's). port: 0 picks a free one. threads: CPU threads
-    (None: the cores that are free). pages: pages in the pool. device, dtype: as in `choose_placement`.
-    context: most positions of a request, instead of the model's own. Prints where it is when it is ready, the
-    URL in the first line. Errors: InputError for a port in use or a bad number, CheckpointError for the
-    folder; before anything is served.
+    (None: the cores that are free). pages: pages in the pool. max_requests, max_queued_tokens: most open
+    requests and most prompt tokens of them; more are refused until some are done. api_key_file: lines
+    name:key; a single key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that
+    requests may give the server beside those of a loopback address. drain_seconds: how long open answers may
+    go on after the first signal. device, dtype: as in `choose_placement`. context: most positions of a
+    request, instead of the model's own.
+
+    Prints where it is when it is ready, the URL in the first line. Errors: InputError for a port in use or a
+    bad number, ConfigError for the keys, CheckpointError for the folder; before anything is served.
     """
+    door = Door(
+        ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
+        served_hosts(host, allowed_hosts),
+        max_body_bytes,
+    )
     listener = bind(host, port)  # first, so that a port in use is told before a model is loaded
     try:
         folder = model_folder(model)
@@ -59,6 +81,8 @@ def serve(
             threads=cores.free if threads is None else threads,
             pages=pages,
             max_running=max_running,
+            max_requests=max_requests,
+            max_queued_tokens=max_queued_tokens,
             device=device,
             dtype=dtype,
             context=context,
@@ -75,12 +99,31 @@ def serve(
         threads=torch.get_num_threads(),
         threads_why=cores.why if threads is None else "as asked",
         placement=str(choose_placement(folder, device, dtype)),
-        features=_features(engine_loop.engine.config),
+        features=_features(engine_loop.engine.config, len(door.keys.digests)),
         notices=_notices(config_of(folder).max_positions, context),
     )
 
-    app = create_app(engine_loop, tokenizer, model_name)
-    run_server(app, listener, on_ready=lambda: print(banner(facts), flush=True), on_stop=engine_loop.stop)
+    app = create_app(engine_loop, tokenizer, model_name, door=door)
+    drain = Drain(engine_loop.drain, lambda: engine_loop.open_requests == 0, drain_seconds)
+    run_server(
+        app,
+        listener,
+        on_ready=lambda: print(banner(facts), flush=True),
+        on_stop=engine_loop.stop,
+        drain=drain,
+    )
+
+
+def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
+    """The names that requests may give a server that listens on `host`; None for any.
+
+    On a loopback address only its own, so that a web page cannot reach the server under a name that it lets
+    point there. Elsewhere any, unless some are named.
+    """
+    named = frozenset(name.lower() for name in more)
+    if host in LOOPBACK_HOSTS or host == "::1" or host.startswith("127."):
+        return LOOPBACK_HOSTS | {host} | named
+    return named or None
 
 
 def load(
@@ -90,6 +133,8 @@ def load(
     threads: int | None = None,
     pages: int | None = None,
     max_running: int = 64,
+    max_requests: int = 1024,
+    max_queued_tokens: int = 64_000_000,
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
@@ -124,9 +169,11 @@ def load(
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
         max_running=max_running,
         max_batch_tokens=max(2048, max_running),
+        grammars=Grammars(tokenizer, config.vocab_size),
     )
     engine.warm_up()
-    return EngineLoop(engine, threads=threads), tokenizer, name or folder.resolve().name
+    loop = EngineLoop(engine, threads=threads, max_requests=max_requests, max_tokens=max_queued_tokens)
+    return loop, tokenizer, name or folder.resolve().name
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -137,8 +184,14 @@ def model_folder(model: str | Path | None) -> Path:
     return folder
 
 
-def _features(config: ModelConfig) -> Features:
-    return Features(sparse_blocks=config.top_k_blocks if config.has("sparse") else 0)
+def _features(config: ModelConfig, api_keys: int) -> Features:
+    """What `load` switches on."""
+    return Features(
+        sparse_blocks=config.top_k_blocks if config.has("sparse") else 0,
+        prefix_cache=True,
+        constrained=True,
+        api_keys=api_keys,
+    )
 
 
 def _notices(trained: int, context: int | None) -> tuple[str, ...]:

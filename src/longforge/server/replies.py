@@ -3,7 +3,6 @@
 import json
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +12,16 @@ from longforge.server.wire import message_body, tool_call_body
 __all__ = [
     "DONE",
     "ReplyHead",
-    "TokenRecord",
     "chat_body",
+    "chat_choice",
     "chat_chunk",
     "chat_delta_tool_call",
-    "completion_body",
-    "completion_choice",
     "error_body",
     "finish_reason",
     "new_call_id",
+    "reply_message",
     "sse",
+    "thinking_fields",
     "usage_body",
 ]
 
@@ -48,17 +47,6 @@ class ReplyHead:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """What a completion tells about one sampled token."""
-
-    token_id: int
-    text: str
-    logprob: float
-    version: int
-    top: tuple[tuple[str, float], ...] = ()
-
-
 def new_call_id() -> str:
     """A fresh id of a tool call."""
     return f"call_{uuid.uuid4().hex[:24]}"
@@ -76,84 +64,77 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Tokens that a reply took."""
-    return {
+def usage_body(
+    prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0, thinking_tokens: int | None = None
+) -> dict[str, Any]:
+    """Tokens that a reply took.
+
+    cached_tokens: of the prompt, found in the caller's own cache. thinking_tokens: of the answer, if known.
+    """
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if thinking_tokens is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": thinking_tokens}
+    return usage
 
 
-def finish_reason(reason: StopReason, *, tool_calls: bool = False) -> str:
-    """OpenAI's word. A length stop stays one even after complete tool calls."""
+def finish_reason(reason: StopReason, *, tool_calls: bool = False, named: bool = False) -> str:
+    """OpenAI's word. A length stop stays one even after complete tool calls.
+
+    named: the request named the tool; then the word is "stop", as OpenAI has it.
+    """
     if reason is StopReason.LENGTH:
         return "length"
-    return "tool_calls" if tool_calls else "stop"
+    return "tool_calls" if tool_calls and not named else "stop"
 
 
-def chat_body(head: ReplyHead, message: Message, reason: StopReason, usage: dict[str, int]) -> dict[str, Any]:
+def thinking_fields(text: str, *, split: bool = False) -> dict[str, Any]:
+    """Thinking under each name that clients read it by.
+
+    split: in MiniMax's `reasoning_details` form too.
+    """
+    fields: dict[str, Any] = {"reasoning_content": text, "reasoning": text}
+    if split:
+        detail = {"type": "reasoning.text", "id": "reasoning-text-1", "index": 0, "text": text}
+        fields["reasoning_details"] = [{**detail, "format": "MiniMax-response-v1"}]
+    return fields
+
+
+def reply_message(message: Message, *, split: bool = False) -> dict[str, Any]:
+    """The assistant's message in a reply."""
+    thinking = {} if message.thinking is None else thinking_fields(message.thinking, split=split)
+    return message_body(message) | thinking
+
+
+def chat_choice(
+    message: dict[str, Any], finish: str, *, index: int = 0, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One choice of a whole chat reply."""
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+
+def chat_body(head: ReplyHead, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     """A whole chat reply."""
-    choice = {
-        "index": 0,
-        "message": message_body(message),
-        "logprobs": None,
-        "finish_reason": finish_reason(reason, tool_calls=bool(message.tool_calls)),
-    }
-    return head.body("chat.completion", choices=[choice], usage=usage)
+    return head.body("chat.completion", choices=choices, usage=usage)
 
 
-def chat_chunk(head: ReplyHead, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+def chat_chunk(
+    head: ReplyHead,
+    delta: dict[str, Any],
+    finish: str | None = None,
+    *,
+    index: int = 0,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """One chunk of a chat stream. `finish_reason` is present and null on all but the last."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
     return head.body("chat.completion.chunk", choices=[choice])
 
 
 def chat_delta_tool_call(call: ToolCall, index: int) -> dict[str, Any]:
     """The delta that carries a whole tool call."""
     return {"tool_calls": [{"index": index, **tool_call_body(call)}]}
-
-
-def completion_body(head: ReplyHead, choice: dict[str, Any], usage: dict[str, int] | None) -> dict[str, Any]:
-    """A completion reply, or one chunk of it (`usage` None)."""
-    return head.body("text_completion", choices=[choice], usage=usage)
-
-
-def completion_choice(
-    text: str,
-    records: Sequence[TokenRecord],
-    reason: StopReason | None,
-    *,
-    logprobs: int | None,
-    return_token_ids: bool,
-    prompt_ids: Sequence[int] | None,
-    offset: int = 0,
-) -> dict[str, Any]:
-    """The one choice of a completion.
-
-    records: the sampled tokens, a stop token among them; text: without the stop token or stop string.
-    logprobs: how many alternatives were asked for (None: no log-probabilities). prompt_ids: given with
-    `return_token_ids`, once per reply. offset: characters of the reply before this chunk.
-    """
-    choice: dict[str, Any] = {
-        "index": 0,
-        "text": text,
-        "logprobs": None,
-        "finish_reason": None if reason is None else finish_reason(reason),
-        "weight_versions": [record.version for record in records],
-    }
-    if logprobs is not None:
-        offsets = [offset]
-        for record in records[:-1]:
-            offsets.append(offsets[-1] + len(record.text))
-        choice["logprobs"] = {
-            "tokens": [record.text for record in records],
-            "token_logprobs": [record.logprob for record in records],
-            "top_logprobs": [dict(record.top) for record in records] if logprobs else None,
-            "text_offset": offsets[: len(records)],
-        }
-    if return_token_ids:
-        choice["token_ids"] = [record.token_id for record in records]
-        if prompt_ids is not None:
-            choice["prompt_token_ids"] = list(prompt_ids)
-    return choice

@@ -2,18 +2,24 @@
 
 import contextlib
 import errno
+import math
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from longforge.errors import InputError
 
-__all__ = ["BackgroundServer", "bind", "run_server"]
+__all__ = ["BackgroundServer", "Drain", "bind", "run_server"]
+
+MAX_HEADER_BYTES = 65_536
+"""Most bytes of a request's line and headers."""
 
 GRACE_SECONDS = 5
 """Time that open connections get to end after the answers they carry were ended."""
@@ -21,6 +27,17 @@ GRACE_SECONDS = 5
 SWITCH_SECONDS = 0.0005
 """How long Python lets one thread keep the interpreter while another waits. At the default, 5 ms, the HTTP
 thread could delay every operation of the engine's step by as much."""
+
+
+@dataclass(frozen=True)
+class Drain:
+    """An end that waits for open answers, `seconds` at most."""
+
+    begin: Callable[[], None]
+    """Refuse new requests from now on; called in a signal handler."""
+    idle: Callable[[], bool]
+    """Whether no answer is open."""
+    seconds: float
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -51,16 +68,52 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, telling when it is ready, and ending quietly on a signal instead of raising it again."""
+    """Uvicorn, telling when it is ready, and ending on a signal quietly and with its work done.
 
-    def __init__(self, app: ASGIApp, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+    The first signal begins to drain: the server still listens, so that it can say that it is not ready, and
+    ends when it is idle or its time is up. The second ends what is open, the third waits for nothing.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        on_ready: Callable[[], None],
+        on_stop: Callable[[], None],
+        drain: Drain | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+                app,
+                http="h11",
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
         self._on_ready = on_ready
         self._on_stop = on_stop
+        self._drain = drain
+        self._drained_at = math.inf
+        """When waiting for open answers ends, in seconds of `time.monotonic`."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self._drain is None or self._drained_at < math.inf or self.should_exit:
+            super().handle_exit(sig, frame)
+            self.force_exit = len(self._captured_signals) > 2
+            return
+        self._captured_signals.append(sig)
+        self._drained_at = time.monotonic() + self._drain.seconds
+        self._drain.begin()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end now."""
+        ended = await super().on_tick(counter)
+        if self._drain is None or self._drained_at == math.inf:
+            return ended
+        return ended or self._drain.idle() or time.monotonic() >= self._drained_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -84,10 +137,14 @@ def run_server(
     *,
     on_ready: Callable[[], None] = lambda: None,
     on_stop: Callable[[], None] = lambda: None,
+    drain: Drain | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM. on_stop is called first when it ends, to end open answers."""
+    """Serves until SIGINT or SIGTERM. on_stop is called first when it ends, to end open answers.
+
+    drain: how long the first signal lets open answers go on (None: not at all).
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
-    _Server(app, on_ready, on_stop).run(sockets=[listener])
+    _Server(app, on_ready, on_stop, drain).run(sockets=[listener])
 
 
 class BackgroundServer:

@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from longforge.chat import Tokenizer
-from longforge.errors import ContextOverflow, EngineError, LongforgeError
+from longforge.errors import ContextOverflow, EngineError, LongforgeError, Overloaded
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.observed import Observer, ignore
 from longforge.server.replies import error_body
 
 __all__ = [
@@ -36,6 +37,8 @@ class Service:
     loop: EngineLoop
     tokenizer: Tokenizer
     model_name: str
+    observer: Observer = ignore
+    """Is told of each answer that is over."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Caller:
     """Who asks. The tenant follows from the API key; a caller cannot name it."""
 
     tenant: str = ""
+    admin: bool = False
+    """Whether it may pause the engine, change its weights and the like."""
 
 
 def caller_of(request: Request) -> Caller:
@@ -101,8 +106,13 @@ def error_reply(
     return JSONResponse(error_body(message, kind, param=param, code=code), status)
 
 
-def failed(error: LongforgeError) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error raised on purpose: 400 for a request's fault, 503 for the engine's."""
+def failed(error: LongforgeError, *, draining: bool = False) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error raised on purpose: 400 for a request's fault, 503 for the engine's.
+
+    429 where the same request may be served later, unless the server is draining.
+    """
+    if isinstance(error, Overloaded) and not draining:
+        return 429, error_body(str(error), "overloaded_error", code="overloaded")
     if isinstance(error, EngineError):
         return 503, error_body(str(error), "service_unavailable_error")
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from longforge.chat import Family, ThinkingMode, encode_prompt, starts_in_thinking
 from longforge.chat.constraint import Constraint, answer_grammar
@@ -10,6 +11,7 @@ from longforge.chat.parser import ChatParser, Delta, message_of
 from longforge.engine import TokenEvent
 from longforge.protocol import Message, SamplingParams, StopReason, ToolSpec
 from longforge.server.answer import Answer
+from longforge.server.budget import BudgetedAnswer
 from longforge.server.replies import new_call_id
 from longforge.server.service import Caller, Service
 
@@ -29,9 +31,11 @@ class TurnPart:
 class Turn:
     """One answer to a conversation. It is refused in the constructor or not at all; `close` it when done.
 
-    params: its stop tokens are added here. eager: parts come token by token, else all at the end. Each call
-    has an id from its call_start on; calls are text where no tools were offered. Errors: InputError,
-    ContextOverflow, EngineError.
+    params: the model's stop tokens (stop_ids, if given, in their place) are added here. eager: parts come
+    token by token, else all at the end. prompt_ids: the conversation as ids, where it was encoded before.
+    thinking_budget: most tokens of thinking where the prompt opens it; then it is closed for the model.
+    Each call has an id from its call_start on; calls are text where no tools were offered. Errors:
+    InputError, ContextOverflow, EngineError.
     """
 
     def __init__(
@@ -48,29 +52,57 @@ class Turn:
         eager: bool,
         priority: int = 0,
         report_blocks: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        thinking_budget: int | None = None,
     ) -> None:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
-        prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
+        prompt = prompt_ids
+        if prompt is None:
+            prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
         thinking_open = starts_in_thinking(family, thinking)
+        budgeted = thinking_budget is not None and thinking_open
         params = replace(
             params,
-            stop_token_ids=(*tokenizer.stop_ids, *params.stop_token_ids),
-            grammar=answer_grammar(constraint, tools, family, thinking_open, tokenizer),
+            stop_token_ids=(*(tokenizer.stop_ids if stop_ids is None else stop_ids), *params.stop_token_ids),
+            grammar=answer_grammar(
+                constraint,
+                tools,
+                family,
+                thinking_open and not budgeted,
+                tokenizer,
+                may_think=thinking != "disabled" and not budgeted,
+            ),
         )
+        self.stop_ids = frozenset(params.stop_token_ids)
+        """Tokens that end the answer and are no part of its text."""
         self._reader = _Reader(tools, family, thinking_open)
         self.completion_tokens = 0
         self.thinking_tokens = 0
         """Of these, tokens that ended while the model was still thinking."""
-        self._answer = Answer(
+        open_answer = partial(
+            Answer,
             service.loop,
             tokenizer,
-            prompt,
-            params,
             stops=stops,
             eager=eager,
             tenant=caller.tenant,
             priority=priority,
             report_blocks=report_blocks,
+            observer=service.observer,
+        )
+        self._answer = (
+            open_answer(prompt, params)
+            if thinking_budget is None or not thinking_open
+            else BudgetedAnswer(
+                open_answer,
+                prompt,
+                params,
+                budget=thinking_budget,
+                family=family,
+                tokenizer=tokenizer,
+                context=service.loop.engine.context,
+            )
         )
 
     @property
@@ -101,22 +133,41 @@ class Turn:
         """The parts in order; the last one has a reason. Errors: EngineError if the engine stops."""
         async for part in self._answer.parts():
             self.completion_tokens += len(part.events)
-            deltas = self._reader.push(part.text)
-            if self._reader.thinking:
-                self.thinking_tokens += len(part.events)
+            deltas: list[Delta] = []
+            for piece in part.pieces:
+                deltas += self._reader.push(piece)
+                self.thinking_tokens += self._reader.thinking
             if part.reason is not None:
                 deltas += self._reader.finish()
-            yield TurnPart(deltas, part.events, part.reason)
+            yield TurnPart(_joined(deltas), part.events, part.reason)
 
     async def whole(self) -> tuple[Message, StopReason]:
         """The whole answer as one message, and why it ended."""
+        message, reason, _ = await self.whole_with_events()
+        return message, reason
+
+    async def whole_with_events(self) -> tuple[Message, StopReason, list[TokenEvent]]:
+        """The same, and its tokens."""
         deltas: list[Delta] = []
+        events: list[TokenEvent] = []
         reason = None
         async for part in self.parts():
             deltas += part.deltas
+            events += part.events
             reason = part.reason
         assert reason is not None, "a whole answer has ended"
-        return message_of(deltas), reason
+        return message_of(deltas), reason, events
+
+
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """Neighbours of the same kind of text as one."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        if joined and delta.call is None and joined[-1].kind == delta.kind:
+            joined[-1] = Delta(delta.kind, joined[-1].text + delta.text)
+        else:
+            joined.append(delta)
+    return joined
 
 
 class _Reader:
@@ -148,7 +199,7 @@ class _Reader:
         if not self._tools:
             if delta.kind != "call_end" or delta.call is None:
                 return None
-            return Delta("content", call_text(delta.call, self._family))
+            return Delta("content", call_text(delta.call, self._family, nulls=True))
         if delta.kind == "call_start":
             self.calls += 1
             self._id = new_call_id()

@@ -1,7 +1,8 @@
-"""Bodies of the OpenAI dialect: what a request may say, and its way to and from `protocol.Message`.
+"""Messages and tools of the OpenAI dialect, and their way to and from `protocol.Message`.
 
 Unknown fields are refused by name, never ignored; a value outside what is served is refused with what is. The
-replies are built in `server.replies`. The forge gateway uses both, so nothing here knows the engine.
+requests are in `sampling_fields`, `chat_request` and `completion_request`, the replies in `replies`. The
+forge gateway uses them too, so nothing here knows the engine.
 """
 
 import json
@@ -11,13 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.errors import InputError
-from longforge.protocol import Message, SamplingParams, ToolCall, ToolSpec
+from longforge.protocol import Message, ToolCall, ToolSpec
 
 __all__ = [
+    "MAX_MESSAGES",
+    "MAX_SCHEMA_CHARACTERS",
+    "MAX_TOOLS",
+    "Body",
     "ChatMessage",
-    "ChatRequest",
-    "CompletionRequest",
+    "Tool",
     "WeightsRequest",
+    "check_schema",
     "message_body",
     "to_messages",
     "to_tools",
@@ -25,20 +30,16 @@ __all__ = [
     "tool_call_body",
 ]
 
-DEFAULT_CHAT_TOKENS = 1024
-"""Longest answer of a chat request that names no limit.
-
-The engine reserves pages for it, so it is not the context.
-"""
-
-MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 64
+MAX_MESSAGES = 16_384
+MAX_TOOLS = 1024
+MAX_SCHEMA_CHARACTERS = 262_144
+"""Longest JSON schema, written as JSON."""
 
 
 class Body(BaseModel):
     """Refuses unknown fields and does not turn one type into another."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(Body):
@@ -127,9 +128,9 @@ class Function(Body):
 
     @field_validator("parameters")
     @classmethod
-    def _not_too_deep(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-        if too_deep(parameters):
-            raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+    def _servable(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        if parameters is not None:
+            check_schema(parameters)
         return parameters
 
 
@@ -140,112 +141,22 @@ class Tool(Body):
     function: Function
 
 
-class Thinking(Body):
-    """M3's thinking switch."""
-
-    type: Literal["adaptive", "enabled", "disabled"]
-
-
-class StreamOptions(Body):
-    """`include_usage` adds one last chunk with the usage."""
-
-    include_usage: bool | None = None
-
-
-class Sampling(Body):
-    """The fields that both kinds of request share."""
-
-    model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
-    n: Literal[1] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Accepted as a label; it has no effect on the answer."""
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def wants_usage_chunk(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Sampling":
-        if any(not stop for stop in self.stops):
-            raise ValueError("stop: an empty string would stop at once")
-        if len(self.stops) > MAX_STOPS:
-            raise ValueError(f"stop: expected at most {MAX_STOPS} strings, got {len(self.stops)}")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
-        return self
-
-    def params(self, limit: int, stop_ids: tuple[int, ...], top_logprobs: int = 0) -> SamplingParams:
-        """What the engine is asked for. limit: most tokens; stop_ids: the model's own stop tokens."""
-        return SamplingParams(
-            max_tokens=limit,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            seed=self.seed,
-            stop_token_ids=(*stop_ids, *(self.stop_token_ids or ())),
-            top_logprobs=top_logprobs,
-        )
-
-
-class ChatRequest(Sampling):
-    """Body of POST /v1/chat/completions."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    thinking: Thinking | None = None
-
-    @property
-    def limit(self) -> int:
-        """Most tokens of the answer."""
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
-
-    @property
-    def thinking_mode(self) -> Literal["adaptive", "enabled", "disabled"]:
-        """How the model may think."""
-        return self.thinking.type if self.thinking else "adaptive"
-
-    @property
-    def offered_tools(self) -> tuple[ToolSpec, ...]:
-        """The tools the model gets to see: none with tool_choice "none"."""
-        return () if self.tool_choice == "none" else to_tools(self.tools or [])
-
-
-class CompletionRequest(Sampling):
-    """Body of POST /v1/completions. `prompt` is text or token ids; ids go to the model as they are."""
-
-    prompt: str | list[int]
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    return_token_ids: bool | None = None
-
-    @property
-    def limit(self) -> int:
-        """Most tokens of the answer; 16 is the dialect's default."""
-        return self.max_tokens or 16
-
-
 class WeightsRequest(Body):
     """Body of POST /admin/weights."""
 
     path: str = Field(min_length=1)
     version: int = Field(ge=0)
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """ValueError for a JSON schema that is too deep or too long."""
+    if too_deep(schema):
+        raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
+    length = len(json.dumps(schema))
+    if length > MAX_SCHEMA_CHARACTERS:
+        raise ValueError(
+            f"expected a JSON schema of at most {MAX_SCHEMA_CHARACTERS} characters, got {length}"
+        )
 
 
 def to_messages(messages: list[ChatMessage]) -> list[Message]:

@@ -1,0 +1,142 @@
+"""Drafting with the model's MTP module: guesses at the next tokens, which the next step verifies.
+
+The module takes the hidden state of position t-1 and the token of position t and predicts the token of t+1.
+Its keys for that pair stand at position t (`model.KVCache` says why), so before it can guess behind the known
+tokens it must have seen every pair up to the newest known token. Pairs that are not needed for a guess yet
+are kept until one is, or until their page is full: a page that others can find has all its draft keys.
+
+A second and third guess feed the module its own output in place of the hidden state; the keys of such a pair
+are overwritten with the true ones as soon as these are known.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longforge.engine.draft_length import DraftCosts, best_length
+from longforge.engine.runner import Runner, Stretch
+from longforge.engine.sequence import Sequence
+from longforge.errors import InputError
+
+__all__ = ["Drafter"]
+
+PROBE_TOKENS = 32
+"""A request that drafts nothing tries one token again after so many."""
+
+
+class Drafter:
+    """Guesses up to `most` tokens for each request. costs: what decides how many are worth it."""
+
+    def __init__(self, runner: Runner, most: int, costs: DraftCosts) -> None:
+        self._runner = runner
+        self.most = most
+        self.costs = costs
+
+    def begin(self, sequence: Sequence) -> None:
+        """The sequence was let in: its first `computed` tokens are on its pages, draft keys included."""
+        state = sequence.drafting
+        state.done = sequence.computed
+        if sequence.computed:
+            state.pending = [
+                self._runner.tail(sequence.pages[sequence.computed // self._runner.block_size - 1])
+            ]
+        else:
+            width = self._runner.model.config.hidden_size
+            state.pending = [
+                torch.zeros(1, width, dtype=self._runner.model.dtype, device=self._runner.device)
+            ]
+
+    def propose(self, sequences: Seq[Sequence], ending: Seq[Sequence]) -> None:
+        """Brings draft keys up to date where they are needed, and sets the drafts of those that go on.
+
+        sequences: those of the last step, `ending` among them.
+        """
+        batch = len(sequences) - len(ending)
+        lengths = {s: 0 if s in ending else self._length(s, batch) for s in sequences}
+        filled = [s for s in sequences if lengths[s] or self._page_is_full(s) or len(s.drafting.pending) > 64]
+        if not filled:
+            return
+        last = self._fill(filled, ending)
+        guessing = [place for place, s in enumerate(filled) if lengths[s]]
+        guesses: list[list[int]] = [[] for _ in filled]
+        hidden = last
+        for step in range(max((lengths[s] for s in filled), default=0)):
+            if step:
+                hidden = self._again([filled[p] for p in guessing], [guesses[p] for p in guessing], hidden)
+            else:
+                hidden = hidden[guessing]
+            logits = self._runner.logits(hidden)
+            for row, place in enumerate(guessing):
+                _forbid(logits[row], filled[place], guesses[place])
+            tokens = logits.argmax(dim=-1).tolist()
+            for place, token in zip(guessing, tokens, strict=True):
+                guesses[place].append(token)
+            going = [row for row, p in enumerate(guessing) if lengths[filled[p]] > step + 1]
+            guessing, hidden = [guessing[row] for row in going], hidden[going]
+        for sequence, guess in zip(filled, guesses, strict=True):
+            sequence.drafts = _worth_verifying(sequence, guess)
+
+    def _length(self, sequence: Sequence, batch: int) -> int:
+        if sequence.generated == 0:
+            return 0
+        state = sequence.drafting
+        most = min(self.most, sequence.limit - sequence.known - 1)
+        length = best_length(state.acceptance, self.costs, batch, most)
+        state.idle_tokens = 0 if length else state.idle_tokens + 1
+        if state.idle_tokens >= PROBE_TOKENS and most > 0:
+            state.idle_tokens = 0
+            return 1
+        return length
+
+    def _page_is_full(self, sequence: Sequence) -> bool:
+        return (
+            sequence.computed // self._runner.block_size > sequence.drafting.done // self._runner.block_size
+        )
+
+    def _fill(self, sequences: Seq[Sequence], ending: Seq[Sequence]) -> Tensor:
+        """Lets the module see all pairs that are known. Returns its output at the last of each: [S, d]."""
+        stretches, before, ends = [], [], []
+        rows = 0
+        for sequence in sequences:
+            state = sequence.drafting
+            # Who ends has no page for the pair of its last token, nor any use for it.
+            end = sequence.computed + (sequence not in ending)
+            stretches.append(Stretch(sequence, state.done, sequence.ids[state.done : end]))
+            before.append(torch.cat(state.pending)[: end - state.done])
+            rows += end - state.done
+            ends.append(rows - 1)
+            state.done, state.pending = end, []
+        return self._runner.run_drafts(stretches, torch.cat(before))[ends]
+
+    def _again(self, sequences: Seq[Sequence], guesses: Seq[Seq[int]], hidden: Tensor) -> Tensor:
+        stretches = [
+            Stretch(s, s.known + len(guess) - 1, np.array(guess[-1:], dtype=np.int64))
+            for s, guess in zip(sequences, guesses, strict=True)
+        ]
+        return self._runner.run_drafts(stretches, hidden)
+
+
+@torch.inference_mode()
+def _forbid(logits: Tensor, sequence: Sequence, guess: Seq[int]) -> None:
+    """Takes what the sequence's grammar forbids after its guesses out of the logits [V]."""
+    if sequence.matcher is None:
+        return
+    try:
+        mask = sequence.matcher.masks(guess)[-1]
+    except InputError:  # its grammar became too much work: told when it samples
+        return
+    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
+    logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+
+
+def _worth_verifying(sequence: Sequence, guess: Seq[int]) -> tuple[int, ...]:
+    """The guesses up to where the answer would end or leave its grammar."""
+    count = next((place for place, token in enumerate(guess) if token in sequence.stops), len(guess))
+    if count and sequence.matcher is not None:
+        try:
+            count = len(sequence.matcher.masks(guess[:count])) - 1
+        except InputError:  # its grammar became too much work: told when it samples
+            count = 0
+    return tuple(guess[:count])
