@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "rotary_table", "rotate"]
+__all__ = ["Rotary", "frequencies", "rotary_table", "rotate"]
 
 
 class Rotary(NamedTuple):
@@ -22,12 +22,12 @@ class Rotary(NamedTuple):
 def rotary_table(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Angles position * theta^(-2i/r) for positions [N]; computed in fp32 (fp64 for an fp64 model)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[:, None, None] * _frequencies(rotary_dim, theta, positions.device, wide)
+    angles = positions.to(wide)[:, None, None] * frequencies(rotary_dim, theta, positions.device, wide)
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 @lru_cache
-def _frequencies(rotary_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def frequencies(rotary_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """theta^(-2i/r) [r/2], rounded to fp32 as the released code has them."""
     # Outside inference mode, so that a later training step may use the same tensor.
     with torch.inference_mode(False):

@@ -1,0 +1,119 @@
+"""Compiled: the feed-forward of a few tokens, by expert, so that each weight that is needed is read once.
+
+Two phases: gate and up rows with the activation, then the down rows. Units are slices of one expert's rows;
+those of the shared expert (a dense feed-forward is one without others) come last.
+"""
+
+from longforge.kernels.few_tokens.products import multiply_rows
+from longforge.kernels.few_tokens.rows import activate
+from longforge.kernels.few_tokens.slices import slice_rows, slices
+from longforge.kernels.few_tokens.vectors import flat_view
+from longforge.kernels.numba_host import compiled
+from longforge.kernels.vector_code import round_up
+
+__all__ = ["down_unit", "down_units", "gate_up_unit", "gate_up_units", "plan"]
+
+
+@compiled(error_model="numpy")
+def plan(r, n, chosen):
+    """Sorts the tokens' choices by expert: experts, starts, of and to."""
+    count, at = 0, 0
+    for e in range(len(r.experts) - 1):
+        before = at
+        for i in range(n):
+            for j in range(chosen):
+                if r.choices[i, j] == e:
+                    r.of[at], r.to[at] = i, i * (chosen + 1) + j
+                    at += 1
+        if at > before:
+            r.experts[count], r.starts[count] = e, before
+            count += 1
+    r.starts[count] = at
+    r.experts[len(r.experts) - 1] = count
+
+
+@compiled(error_model="numpy")
+def _routed(m, layer, r, n):
+    """(experts with tokens, tokens of one on average)."""
+    active = r.experts[len(r.experts) - 1] if layer.experts else 0
+    return active, max(1, n * m.chosen // max(1, active))
+
+
+@compiled(error_model="numpy")
+def gate_up_units(m, layer, r, n):
+    """Units of the first phase."""
+    active, tokens = _routed(m, layer, r, n)
+    inner = 2 * r.normed.shape[1]
+    return active * slices(m.expert_size, inner, tokens) + slices(layer.shared_size, inner, n)
+
+
+@compiled(error_model="numpy")
+def gate_up_unit(unit, m, layer, r, n, w):
+    active, tokens = _routed(m, layer, r, n)
+    inner = 2 * r.normed.shape[1]
+    each = slices(m.expert_size, inner, tokens)
+    if unit < active * each:
+        a, part = unit // each, unit % each
+        begin, size = r.starts[a], m.expert_size
+        first, step = part * slice_rows(inner, tokens), slice_rows(inner, tokens)
+        matrix, start = flat_view(layer.gate_up, w), r.experts[a] * 2 * size
+        _gate_up(
+            m, r, r.to[begin:], r.of[begin:], r.starts[a + 1] - begin, matrix, start, size, first,
+            min(size, first + step),
+        )  # fmt: skip
+    else:
+        first, size = (unit - active * each) * slice_rows(inner, n), layer.shared_size
+        matrix = flat_view(layer.shared_gate_up, w)
+        end = min(size, first + slice_rows(inner, n))
+        _gate_up(m, r, r.shared_rows, r.numbers, n, matrix, 0, size, first, end)
+
+
+@compiled(error_model="numpy")
+def _gate_up(m, r, to, of, count, matrix, start, size, first, end):
+    """active[to[j], first:end] for tokens of[j]; start: the expert's first row in the matrix."""
+    x, inner = r.normed.reshape(-1), r.normed.shape[1]
+    out, width = r.gate_up.reshape(-1), r.gate_up.shape[1]
+    for column in (first, size + first):
+        multiply_rows(
+            out, column, width, to, x, inner, of, count, matrix, (start + column) * inner, inner,
+            end - first, inner,
+        )  # fmt: skip
+    for j in range(count):
+        row, result = r.gate_up[to[j]], r.active[to[j]]
+        activate(row[first:end], row[size + first : size + end], m.alpha, m.limit, m.shift, result[first:end])
+        if end == size:
+            result[size : round_up(size)] = 0
+
+
+@compiled(error_model="numpy")
+def down_units(m, layer, r, n):
+    """Units of the second phase."""
+    active, tokens = _routed(m, layer, r, n)
+    shared = slices(m.hidden, round_up(layer.shared_size), n) if layer.shared_size else 0
+    return active * slices(m.hidden, round_up(max(1, m.expert_size)), tokens) + shared
+
+
+@compiled(error_model="numpy")
+def down_unit(unit, m, layer, r, n, w):
+    active, tokens = _routed(m, layer, r, n)
+    inner = round_up(max(1, m.expert_size))
+    each = slices(m.hidden, inner, tokens)
+    if unit < active * each:
+        a, first, step = unit // each, unit % each * slice_rows(inner, tokens), slice_rows(inner, tokens)
+        begin = r.starts[a]
+        matrix, start = flat_view(layer.down, w), r.experts[a] * m.hidden
+        rows = min(step, m.hidden - first)
+        _down(r, r.to[begin:], r.starts[a + 1] - begin, matrix, start + first, inner, first, rows)
+    else:
+        inner = round_up(layer.shared_size)
+        first, step = (unit - active * each) * slice_rows(inner, n), slice_rows(inner, n)
+        matrix = flat_view(layer.shared_down, w)
+        _down(r, r.shared_rows, n, matrix, first, inner, first, min(step, m.hidden - first))
+
+
+@compiled(error_model="numpy")
+def _down(r, to, count, matrix, start, inner, first, rows):
+    multiply_rows(
+        r.expert_rows.reshape(-1), first, r.expert_rows.shape[1], to, r.active.reshape(-1),
+        r.active.shape[1], to, count, matrix, start * inner, inner, rows, inner,
+    )  # fmt: skip

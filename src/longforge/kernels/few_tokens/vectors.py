@@ -1,0 +1,218 @@
+"""Dot products and weighted sums of a few vectors as LLVM IR, where the number of vectors changes no bit.
+
+Every dot product is summed in sixteen lanes (lane l takes elements l, l + 16, ...), one fused multiply-add
+after the other, and the lanes are added by halves: l with l + 8, then with l + 4, l + 2, l + 1. Every weighted
+sum goes through its vectors in order. So tiles of different sizes, which share their loads among more
+results, give the same numbers.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+
+__all__ = ["LANES", "dots_of_keys", "dots_of_rows", "flat_view", "weighted_sums"]
+
+intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
+
+LANES = 16
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOATS, WORDS, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+
+
+@intrinsic
+def flat_view(typingctx, address, kind):
+    """The memory from this address (int64) on, as a flat array of kind's (an array's) element type. Nobody
+    checks its bounds, and it keeps nothing alive."""
+    result = types.Array(kind.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        array = context.make_array(result)(context, builder)
+        element = context.get_data_type(result.dtype)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(element))
+        count = context.get_constant(types.intp, 1 << 40)
+        context.populate_array(
+            array,
+            data=builder.inttoptr(args[0], ir.PointerType(element)),
+            shape=[count],
+            strides=[size],
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return result(types.int64, kind), codegen
+
+
+def _data(context, builder, signature, args, i):
+    return context.make_array(signature.args[i])(context, builder, args[i]).data
+
+
+def _load(builder, base, at, half: bool):
+    """Sixteen numbers from element `at` on; bf16 bits (half) become the upper halves of fp32 numbers."""
+    pointer = builder.gep(base, [at])
+    if not half:
+        return builder.load(builder.bitcast(pointer, ir.PointerType(FLOATS)), align=4)
+    bits = builder.load(builder.bitcast(pointer, ir.PointerType(HALVES)), align=2)
+    wide = builder.shl(builder.zext(bits, WORDS), ir.Constant(WORDS, [16] * LANES))
+    return builder.bitcast(wide, FLOATS)
+
+
+def _fma(builder, x, y, z):
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    name = "llvm.fma.v16f32"
+    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(found, [x, y, z])
+
+
+def _shuffled(builder, a, b, lanes: list[int]):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _lane_sums(builder, vectors):
+    """One vector with the sum of each vector's lanes in order, added by halves. 1, 2, 4, 8 or 16 vectors."""
+    half = LANES // 2
+    while half:
+        if len(vectors) > 1:
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+        else:
+            pairs = [(vectors[0], vectors[0])]
+        starts = range(0, LANES, 2 * half)
+        low = [v + s + i for v in (0, LANES) for s in starts for i in range(half)]
+        high = [i + half for i in low]
+        vectors = [
+            builder.fadd(_shuffled(builder, a, b, low), _shuffled(builder, a, b, high)) for a, b in pairs
+        ]
+        half //= 2
+    return vectors[0]
+
+
+def _dots(builder, x, x_at, w, w_at, inner, half):
+    """The sums of x[x_at[t] + i] * w[w_at[r] + i] over i < inner, as lanes t * len(w_at) + r of one vector."""
+    count = len(x_at) * len(w_at)
+    sums = [
+        cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [ir.Constant(F32, 0.0)] * LANES))
+        for _ in range(count)
+    ]
+    with cgutils.for_range(builder, builder.sdiv(inner, I64(LANES))) as loop:
+        i = builder.mul(loop.index, I64(LANES))
+        rows = [_load(builder, w, builder.add(at, i), half) for at in w_at]
+        for t, at in enumerate(x_at):
+            token = _load(builder, x, builder.add(at, i), half=False)
+            for r, row in enumerate(rows):
+                total = sums[t * len(w_at) + r]
+                builder.store(_fma(builder, token, row, builder.load(total)), total)
+    vectors = [builder.load(total) for total in sums]
+    while len(vectors) & (len(vectors) - 1):
+        vectors.append(vectors[-1])
+    return _lane_sums(builder, vectors)
+
+
+def _store_lanes(builder, out, at, sums, first, count):
+    """out[at + r] = lane first + r of the sums."""
+    part = _shuffled(builder, sums, sums, list(range(first, first + count)))
+    target = builder.bitcast(builder.gep(out, [at]), ir.PointerType(part.type))
+    builder.store(part, target, align=4)
+
+
+def dots_of_rows(rows: int, tokens: int):
+    """An intrinsic: out[o + to[j + t] * o_row + r] = w[w0 + r * w_row :] . x[of[j + t] * x_row :], inner long
+    (a multiple of 16), for r < rows and t < tokens. Arrays are flat; w may hold bf16 bits."""
+
+    @intrinsic
+    def tile(typingctx, out, o, o_row, to, x, x_row, of, j, w, w0, w_row, inner):
+        n = types.int64
+        sig = types.void(out, n, n, to, x, n, of, n, w, n, n, n)
+
+        def codegen(context, builder, signature, args):
+            _, o, o_row, _, _, x_row, _, j, _, w0, w_row, inner = args
+            out_p, to_p, x_p, of_p, w_p = (
+                _data(context, builder, signature, args, i) for i in (0, 3, 4, 6, 8)
+            )
+            js = [builder.add(j, I64(t)) for t in range(tokens)]
+            x_at = [builder.mul(builder.load(builder.gep(of_p, [at])), x_row) for at in js]
+            w_at = [builder.add(w0, builder.mul(w_row, I64(r))) for r in range(rows)]
+            half = signature.args[8].dtype == types.uint16
+            sums = _dots(builder, x_p, x_at, w_p, w_at, inner, half)
+            for t, at in enumerate(js):
+                row = builder.mul(builder.load(builder.gep(to_p, [at])), o_row)
+                _store_lanes(builder, out_p, builder.add(o, row), sums, t * rows, rows)
+            return context.get_dummy_value()
+
+        return sig, codegen
+
+    return tile
+
+
+def dots_of_keys(keys: int, heads: int):
+    """An intrinsic: out[o + h * o_row + r] = x[x0 + h * x_row :] . w[at[j + r] :], inner long (a multiple of
+    16), for r < keys and h < heads. Arrays are flat; w may hold bf16 bits."""
+
+    @intrinsic
+    def tile(typingctx, out, o, o_row, x, x0, x_row, w, at, j, inner):
+        n = types.int64
+        sig = types.void(out, n, n, x, n, n, w, at, n, n)
+
+        def codegen(context, builder, signature, args):
+            _, o, o_row, _, x0, x_row, _, _, j, inner = args
+            out_p, x_p, w_p, at_p = (_data(context, builder, signature, args, i) for i in (0, 3, 6, 7))
+            x_at = [builder.add(x0, builder.mul(x_row, I64(h))) for h in range(heads)]
+            w_at = [builder.load(builder.gep(at_p, [builder.add(j, I64(r))])) for r in range(keys)]
+            half = signature.args[6].dtype == types.uint16
+            sums = _dots(builder, x_p, x_at, w_p, w_at, inner, half)
+            for h in range(heads):
+                row = builder.add(o, builder.mul(o_row, I64(h)))
+                _store_lanes(builder, out_p, row, sums, h * keys, keys)
+            return context.get_dummy_value()
+
+        return sig, codegen
+
+    return tile
+
+
+def weighted_sums(heads: int, columns: int):
+    """An intrinsic: out[o + h * o_row + c] += sum over j < count of p[p0 + h * p_row + j] * v[at[j] + v0 + c],
+    in order of j, for h < heads and c < 16 * columns. Arrays are flat; v may hold bf16 bits."""
+
+    @intrinsic
+    def tile(typingctx, out, o, o_row, p, p0, p_row, v, at, v0, count):
+        n = types.int64
+        sig = types.void(out, n, n, p, n, n, v, at, n, n)
+
+        def codegen(context, builder, signature, args):
+            _, o, o_row, _, p0, p_row, _, _, v0, count = args
+            out_p, p_p, v_p, at_p = (_data(context, builder, signature, args, i) for i in (0, 3, 6, 7))
+            half = signature.args[6].dtype == types.uint16
+            cells = [(h, c) for h in range(heads) for c in range(columns)]
+
+            def target(h, c):
+                return builder.add(builder.add(o, I64(LANES * c)), builder.mul(o_row, I64(h)))
+
+            sums = [
+                cgutils.alloca_once_value(builder, _load(builder, out_p, target(h, c), False))
+                for h, c in cells
+            ]
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.add(builder.load(builder.gep(at_p, [loop.index])), v0)
+                values = [_load(builder, v_p, builder.add(row, I64(LANES * c)), half) for c in range(columns)]
+                for h in range(heads):
+                    place = builder.add(builder.add(p0, builder.mul(p_row, I64(h))), loop.index)
+                    share = _splat(builder, builder.load(builder.gep(p_p, [place])))
+                    for c in range(columns):
+                        total = sums[h * columns + c]
+                        builder.store(_fma(builder, share, values[c], builder.load(total)), total)
+            for (h, c), total in zip(cells, sums, strict=True):
+                pointer = builder.bitcast(builder.gep(out_p, [target(h, c)]), ir.PointerType(FLOATS))
+                builder.store(builder.load(total), pointer, align=4)
+            return context.get_dummy_value()
+
+        return sig, codegen
+
+    return tile
+
+
+def _splat(builder, value):
+    undefined = ir.Constant(FLOATS, ir.Undefined)
+    return _shuffled(builder, builder.insert_element(undefined, value, I32(0)), undefined, [0] * LANES)
