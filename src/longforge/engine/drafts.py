@@ -44,9 +44,7 @@ class Drafter:
             ]
         else:
             width = self._runner.model.config.hidden_size
-            state.pending = [
-                torch.zeros(1, width, dtype=self._runner.model.dtype, device=self._runner.device)
-            ]
+            state.pending = [torch.zeros(1, width, device=self._runner.device)]
 
     def propose(self, sequences: Seq[Sequence], ending: Seq[Sequence]) -> None:
         """Brings draft keys up to date where they are needed, and sets the drafts of those that go on.

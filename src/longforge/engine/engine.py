@@ -178,6 +178,7 @@ class Engine:
         target = self._runner.model.state_dict()
         check_weights(state, target)
         copy_weights(state, target)
+        self._runner.weights_changed()
         self._results.version = self._runner.model.version = version
         self.reset_cache()
         if self._mover is not None:

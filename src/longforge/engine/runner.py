@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +13,12 @@ from longforge.engine.sequence import Sequence
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
+from longforge.model.few_tokens import FewTokens
 
 __all__ = ["Runner", "Stretch"]
+
+FEW = 64
+"""Tokens up to which a step counts as one of few tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,16 @@ class Stretch:
     ids: NDArray[np.int64]
 
 
+class _Packed(NamedTuple):
+    """Stretches side by side: ids and, as in `PackedLayout`, positions, paths, slots and the page table."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    paths: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    page_table: NDArray[np.int32]
+
+
 class Runner:
     """The model, its pages and the page table. Rows of the table belong to running sequences."""
 
@@ -36,6 +51,8 @@ class Runner:
         self.device = model.device
         self.block_size = model.config.block_size
         self.cache = KVCache(model.config, pages, model.device, model.dtype, drafts=drafts)
+        self._few = FewTokens(model, self.cache, FEW) if FewTokens.supports(model) else None
+        """What runs few tokens faster, where there is such a thing."""
         self._page_table = np.full((max_running, -(-context // self.block_size)), -1, dtype=np.int32)
 
     def show_pages(self, sequence: Sequence, known: int) -> int:
@@ -55,41 +72,66 @@ class Runner:
 
         Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
         """
-        ids, layout = self._pack(stretches)
-        with torch.inference_mode():
-            hidden = self.model.forward_packed(
-                ids, layout, self.cache, expert_loads=False, blocks=blocks
-            ).hidden
-            if self.cache.tail is not None:
-                self._keep_tails(hidden, layout)
-            return hidden
+        packed = self._pack(stretches)
+        if self._few is not None and len(packed.ids) <= FEW:
+            hidden = self._few.hidden(*packed)
+            if blocks is not None:
+                blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
+        else:
+            with torch.inference_mode():
+                hidden = self.model.forward_packed(
+                    self._tensor(packed.ids),
+                    self._layout(packed),
+                    self.cache,
+                    expert_loads=False,
+                    blocks=blocks,
+                ).hidden
+        if self.cache.tail is not None:
+            self._keep_tails(hidden, packed.slots)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [B, V] of hidden states [B, d]."""
+        if self._few is not None and len(hidden) <= FEW:
+            return self._few.logits(hidden)
         with torch.inference_mode():
             return self.model.logits(hidden)
 
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
-        ids, layout = self._pack(stretches)
+        packed = self._pack(stretches)
+        if self._few is not None and len(packed.ids) <= FEW:
+            return self._few.mtp(0, before, *packed)
         with torch.inference_mode():
-            return self.model.mtp_packed(before, ids, layout, cache=self.cache).hidden
+            return self.model.mtp_packed(
+                before.to(self.model.dtype), self._tensor(packed.ids), self._layout(packed), cache=self.cache
+            ).hidden
+
+    def weights_changed(self) -> None:
+        """The model's weights are others now."""
+        if self._few is not None:
+            self._few.refresh()
+
+    def _selected(self) -> NDArray[np.int32]:
+        """int32 [sparse layers, tokens, Hkv, K] of the last few tokens; those of MTP modules stand last."""
+        assert self._few is not None, "few tokens were run"
+        return self._few.selected[: sum(layer.mixer == "sparse" for layer in self.model.config.layers)]
 
     def tail(self, page: int) -> Tensor:
         """Hidden state [1, d] of a page's last token."""
         assert self.cache.tail is not None, "tails are kept for drafts"
         return self.cache.tail[page : page + 1]
 
-    def _keep_tails(self, hidden: Tensor, layout: PackedLayout) -> None:
+    def _keep_tails(self, hidden: Tensor, slots: NDArray[np.int64]) -> None:
         assert self.cache.tail is not None, "tails are kept for drafts"
-        if len(hidden) == 1 and int(layout.slots[0]) % self.block_size != self.block_size - 1:
-            return
-        rows = (layout.slots % self.block_size == self.block_size - 1).nonzero()[:, 0]
+        rows = np.flatnonzero(slots % self.block_size == self.block_size - 1)
         if len(rows):
-            self.cache.tail.index_copy_(0, layout.slots[rows] // self.block_size, hidden[rows])
+            with torch.inference_mode():
+                pages = self._tensor(slots[rows] // self.block_size)
+                tails = hidden[self._tensor(rows)].to(self.cache.tail.dtype)
+                self.cache.tail.index_copy_(0, pages, tails)
 
-    def _pack(self, stretches: Seq[Stretch]) -> tuple[Tensor, PackedLayout]:
-        """Ids int64 [N] and their layout."""
+    def _pack(self, stretches: Seq[Stretch]) -> "_Packed":
         counts = np.array([len(s.ids) for s in stretches], dtype=np.int64)
         starts = np.array([s.start for s in stretches], dtype=np.int64)
         ends = counts.cumsum()
@@ -105,14 +147,16 @@ class Runner:
             + positions % self.block_size
         )
         ids = stretches[0].ids if len(stretches) == 1 else np.concatenate([s.ids for s in stretches])
-        layout = PackedLayout(
-            self._tensor(positions),
-            self._tensor(paths),
-            self._tensor(slots),
-            self._tensor(table),
+        return _Packed(ids, positions, paths, slots, table)
+
+    def _layout(self, packed: "_Packed") -> PackedLayout:
+        return PackedLayout(
+            self._tensor(packed.positions),
+            self._tensor(packed.paths),
+            self._tensor(packed.slots),
+            self._tensor(packed.page_table),
             self.block_size,
         )
-        return self._tensor(ids), layout
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
