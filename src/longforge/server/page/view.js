@@ -194,7 +194,7 @@ export class AnswerView {
     badges.push([`prompt ${usage.prompt_tokens}`, "Tokens of the prompt"]);
     const cached = usage.prompt_tokens_details?.cached_tokens;
     if (cached !== undefined && cached !== null) {
-      badges.push([`${cached} cached`, "Tokens of the prompt that were found in the cache", "cached"]);
+      badges.push([`${cached} cached`, "Tokens of the prompt that were found in the cache", cached > 0 ? "cached" : ""]);
     }
     this.facts.replaceChildren(
       ...badges.map(([text, title, kind = ""]) => element("span", { className: `badge ${kind}`, title }, text)),
