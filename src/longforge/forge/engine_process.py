@@ -37,9 +37,9 @@ class EngineProcess:
         self._from = self._output.tell()
         command = [sys.executable, "-m", "longforge.cli", "serve", str(model), "--name", "policy"]
         command += ["--port", "0", "--threads", str(config.threads), "--max-running", str(config.max_running)]
-        command += ["--drain-seconds", "0"]  # who ends the run waits for no answer
         if config.pages is not None:
             command += ["--pages", str(config.pages)]
+        command += ["--drain-seconds", "0"]  # who ends the run waits for no answer
         # An idle pool of threads must not spin on the cores that the trainer uses, and the reverse.
         threads = str(config.threads)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
