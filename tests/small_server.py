@@ -67,6 +67,7 @@ def taught_model() -> CausalLM:
 def serving(model: CausalLM) -> Iterator[Served]:
     tokenizer = small_tokenizer()
     grammars = Grammars(tokenizer, model.config.vocab_size)
-    loop = EngineLoop(Engine(model, pages=700, max_running=4, grammars=grammars), threads=1)
+    engine = Engine(model, pages=700, max_running=4, grammars=grammars)
+    loop = EngineLoop(engine, threads=1)
     with BackgroundServer(create_app(loop, tokenizer, "small"), on_stop=loop.stop) as server:
         yield Served(server.url, loop, model, tokenizer)

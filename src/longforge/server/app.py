@@ -13,6 +13,7 @@ from longforge import __version__
 from longforge.chat import Tokenizer
 from longforge.errors import LongforgeError
 from longforge.server.admin import admin_router
+from longforge.server.anthropic.routes import messages_router
 from longforge.server.chat import chat_router
 from longforge.server.completions import completions_router
 from longforge.server.dialects import dialect_error, dialect_failure
@@ -21,6 +22,7 @@ from longforge.server.front_door import Door, FrontDoor
 from longforge.server.information import information_router
 from longforge.server.invalid import describe_invalid
 from longforge.server.metrics import Metrics
+from longforge.server.responses.routes import responses_router
 from longforge.server.service import ClientGone, Service
 from longforge.server.tokenize import tokenize_router
 
@@ -66,6 +68,8 @@ def create_app(
     app = FastAPI(title="Longforge", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(chat_router(service), responses=ERRORS)
     app.include_router(completions_router(service), responses=ERRORS)
+    app.include_router(messages_router(service))
+    app.include_router(responses_router(service), responses=ERRORS)
     app.include_router(tokenize_router(service), responses=ERRORS)
     app.include_router(admin_router(service), responses=ERRORS)
     app.include_router(information_router(service, metrics), responses=ERRORS)

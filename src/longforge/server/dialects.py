@@ -11,7 +11,7 @@ from longforge.server.service import failed
 
 __all__ = ["dialect_error", "dialect_failure"]
 
-ANTHROPIC = "/v1/messages"
+ANTHROPIC = ("/v1/messages", "/anthropic/v1/messages")
 ANTHROPIC_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -42,7 +42,7 @@ def dialect_error(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error as the clients of `path` expect it. kind: OpenAI's type (None: that of the status)."""
-    if path == ANTHROPIC or path.startswith(ANTHROPIC + "/"):
+    if _is_anthropic(path):
         error = {"type": ANTHROPIC_KINDS.get(status, "api_error"), "message": message}
         body: dict[str, Any] = {"type": "error", "error": error}
     else:
@@ -59,9 +59,13 @@ def dialect_failure(path: str, error: LongforgeError, *, draining: bool) -> JSON
     status, body = failed(error, draining=draining)
     told = body["error"]
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
-    if status == 429 and path.startswith(ANTHROPIC):
+    if status == 429 and _is_anthropic(path):
         overloaded = {"type": "overloaded_error", "message": told["message"]}
         return JSONResponse({"type": "error", "error": overloaded}, status, headers=headers)
     return dialect_error(
         path, status, told["message"], told["type"], param=told["param"], code=told["code"], headers=headers
     )
+
+
+def _is_anthropic(path: str) -> bool:
+    return path in ANTHROPIC or path.startswith(tuple(f"{known}/" for known in ANTHROPIC))

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from longforge.chat import Family, ThinkingMode, encode_prompt, starts_in_thinking
 from longforge.chat.constraint import Constraint, answer_grammar
@@ -10,6 +11,7 @@ from longforge.chat.parser import ChatParser, Delta, message_of
 from longforge.engine import TokenEvent
 from longforge.protocol import Message, SamplingParams, StopReason, ToolSpec
 from longforge.server.answer import Answer
+from longforge.server.budget import BudgetedAnswer
 from longforge.server.replies import new_call_id
 from longforge.server.service import Caller, Service
 
@@ -31,6 +33,7 @@ class Turn:
 
     params: the model's stop tokens (stop_ids, if given, in their place) are added here. eager: parts come
     token by token, else all at the end. prompt_ids: the conversation as ids, where it was encoded before.
+    thinking_budget: most tokens of thinking where the prompt opens it; then it is closed for the model.
     Each call has an id from its call_start on; calls are text where no tools were offered. Errors:
     InputError, ContextOverflow, EngineError.
     """
@@ -51,17 +54,24 @@ class Turn:
         report_blocks: bool = False,
         prompt_ids: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
+        thinking_budget: int | None = None,
     ) -> None:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
         prompt = prompt_ids
         if prompt is None:
             prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
         thinking_open = starts_in_thinking(family, thinking)
+        budgeted = thinking_budget is not None and thinking_open
         params = replace(
             params,
             stop_token_ids=(*(tokenizer.stop_ids if stop_ids is None else stop_ids), *params.stop_token_ids),
             grammar=answer_grammar(
-                constraint, tools, family, thinking_open, tokenizer, may_think=thinking != "disabled"
+                constraint,
+                tools,
+                family,
+                thinking_open and not budgeted,
+                tokenizer,
+                may_think=thinking != "disabled" and not budgeted,
             ),
         )
         self.stop_ids = frozenset(params.stop_token_ids)
@@ -70,17 +80,29 @@ class Turn:
         self.completion_tokens = 0
         self.thinking_tokens = 0
         """Of these, tokens that ended while the model was still thinking."""
-        self._answer = Answer(
+        open_answer = partial(
+            Answer,
             service.loop,
             tokenizer,
-            prompt,
-            params,
             stops=stops,
             eager=eager,
             tenant=caller.tenant,
             priority=priority,
             report_blocks=report_blocks,
             observer=service.observer,
+        )
+        self._answer = (
+            open_answer(prompt, params)
+            if thinking_budget is None or not thinking_open
+            else BudgetedAnswer(
+                open_answer,
+                prompt,
+                params,
+                budget=thinking_budget,
+                family=family,
+                tokenizer=tokenizer,
+                context=service.loop.engine.context,
+            )
         )
 
     @property

@@ -1,0 +1,1 @@
+"""The Anthropic Messages dialect: `wire` requests, `events` answers, `routes`."""

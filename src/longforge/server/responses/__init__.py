@@ -1,0 +1,1 @@
+"""The OpenAI Responses dialect: `wire` requests, `items` conversations, `events`, `store`, `routes`."""
