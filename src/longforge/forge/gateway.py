@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
 from longforge.chat import Family, ThinkingMode, Tokenizer, encode_prompt, starts_in_thinking
@@ -32,6 +32,7 @@ from longforge.forge.streamed_reply import streamed
 from longforge.protocol import Call, Message, StopReason
 from longforge.server.chat_request import ChatRequest
 from longforge.server.invalid import describe_invalid
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import (
     ReplyHead,
     chat_body,
@@ -95,7 +96,7 @@ class _Refused(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         kind = {401: "authentication_error", 502: "server_error"}.get(status, "invalid_request_error")
-        self.reply = JSONResponse(error_body(message, kind, param=param, code=code), status)
+        self.reply = JsonReply(error_body(message, kind, param=param, code=code), status)
         super().__init__(message)
 
 
@@ -261,7 +262,7 @@ class Gateway:
         if not chat.stream:
             finish = finish_reason(reason, tool_calls=bool(message.tool_calls))
             choice = chat_choice(reply_message(message, split=split), finish)
-            return JSONResponse(chat_body(head, [choice], usage))
+            return JsonReply(chat_body(head, [choice], usage))
         last = usage if chat.wants_usage_chunk else None
         events = streamed(head, message, reason, last, split)
         return StreamingResponse(events, media_type="text/event-stream")
