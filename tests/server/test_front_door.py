@@ -222,7 +222,7 @@ def test_a_web_page_of_another_origin_reaches_nothing():
         (b'{"model": "small", "prompt": [1], "temperature": NaN}', "temperature: .*finite"),
         (b'{"model": "small", "prompt": [1], "temperature": Infinity}', "temperature: .*finite"),
         (b'{"model": "small", "prompt": [1], "max_tokens": ' + b"9" * 5000 + b"}", "numbers of a reasonable"),
-        (b'{"model": "small", "prompt": [1], "\\ud800": 1}', "ud800.*does not support"),
+        (b'{"model": "small", "prompt": [1], "\\ud800": 1}', "valid string.*ud800"),
         (b'{"model": "\\ud800", "prompt": [1]}', "serves 'small', got"),
         (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
         (b'{"model": "small", "prompt": [1]', "body: expected JSON"),
