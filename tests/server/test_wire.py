@@ -12,6 +12,7 @@ from longforge.chat import render
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
 from longforge.server.invalid import describe_invalid
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import sse
 from longforge.server.wire import ChatMessage, Tool, message_body, to_messages, to_tools, tool_body
 from small_server import HTTP
@@ -81,6 +82,12 @@ def test_a_schema_nested_too_deeply_is_refused_by_name():
 
 def test_an_event_is_one_line_of_utf8():
     assert sse({"text": "a\n☕"}) == 'data: {"text":"a\\n☕"}\n\n'.encode()
+
+
+def test_half_a_character_in_what_a_model_wrote_fails_no_reply():
+    body = {"arguments": '{"a": "\ud800"}'}
+    assert json.loads(sse(body).removeprefix(b"data: ")) == body
+    assert json.loads(JsonReply(body).body) == body
 
 
 def test_extreme_numbers_do_not_hurt_the_engine(served: Any):

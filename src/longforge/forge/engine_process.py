@@ -41,9 +41,11 @@ class EngineProcess:
         command += ["--device", "cpu", "--dtype", "float32"]
         if config.pages is not None:
             command += ["--pages", str(config.pages)]
+        command += ["--drain-seconds", "0"]  # who ends the run waits for no answer
         # An idle pool of threads must not spin on the cores that the trainer uses, and the reverse.
         threads = str(config.threads)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+        environment.pop("LONGFORGE_API_KEY", None)  # a key for people; the gateway needs none
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -15,12 +15,11 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
 from longforge.chat import Family, ThinkingMode, Tokenizer, encode_prompt, starts_in_thinking
@@ -29,22 +28,19 @@ from longforge.errors import ContextOverflow, EngineError, InputError
 from longforge.forge.engine_client import Completion, EngineClient, EngineGone
 from longforge.forge.pool import Pool
 from longforge.forge.served_fields import unserved_field
+from longforge.forge.streamed_reply import streamed
 from longforge.protocol import Call, Message, StopReason
 from longforge.server.chat_request import ChatRequest
 from longforge.server.invalid import describe_invalid
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import (
-    DONE,
     ReplyHead,
     chat_body,
     chat_choice,
-    chat_chunk,
-    chat_delta_tool_call,
     error_body,
     finish_reason,
     new_call_id,
     reply_message,
-    sse,
-    thinking_fields,
     usage_body,
 )
 from longforge.server.wire import message_body, to_messages
@@ -100,7 +96,7 @@ class _Refused(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         kind = {401: "authentication_error", 502: "server_error"}.get(status, "invalid_request_error")
-        self.reply = JSONResponse(error_body(message, kind, param=param, code=code), status)
+        self.reply = JsonReply(error_body(message, kind, param=param, code=code), status)
         super().__init__(message)
 
 
@@ -266,9 +262,9 @@ class Gateway:
         if not chat.stream:
             finish = finish_reason(reason, tool_calls=bool(message.tool_calls))
             choice = chat_choice(reply_message(message, split=split), finish)
-            return JSONResponse(chat_body(head, [choice], usage))
+            return JsonReply(chat_body(head, [choice], usage))
         last = usage if chat.wants_usage_chunk else None
-        events = _events(head, message, reason, last, split)
+        events = streamed(head, message, reason, last, split)
         return StreamingResponse(events, media_type="text/event-stream")
 
 
@@ -284,26 +280,3 @@ def _body(raw: bytes) -> ChatRequest:
     except ValidationError as error:
         message, param = describe_invalid(error.errors(include_url=False))
         raise _Refused(400, message, param=param) from error
-
-
-async def _events(
-    head: ReplyHead, message: Message, reason: StopReason, usage: dict[str, Any] | None, split: bool
-) -> AsyncIterator[bytes]:
-    """A finished answer as the events of a stream."""
-    rest: dict[str, Any] = {} if usage is None else {"usage": None}
-    for delta in _deltas(message, split):
-        yield sse(chat_chunk(head, delta) | rest)
-    yield sse(chat_chunk(head, {}, finish_reason(reason, tool_calls=bool(message.tool_calls))) | rest)
-    if usage is not None:
-        yield sse(head.body("chat.completion.chunk", choices=[], usage=usage))
-    yield DONE
-
-
-def _deltas(message: Message, split: bool) -> Iterator[dict[str, Any]]:
-    yield {"role": "assistant", "content": ""}
-    if message.thinking:
-        yield thinking_fields(message.thinking, split=split)
-    if message.content:
-        yield {"content": message.content}
-    for index, call in enumerate(message.tool_calls):
-        yield chat_delta_tool_call(call, index)

@@ -4,13 +4,13 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from longforge.engine import TokenEvent
 from longforge.protocol import Message, StopReason
 from longforge.server.chat_request import ChatRequest
 from longforge.server.chat_stream import ChatStream, turn_usage
 from longforge.server.choices import all_of, close_all, open_all
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import ReplyHead, chat_body, chat_choice, finish_reason, reply_message
 from longforge.server.service import Caller, EventStream, Service, caller_of, model_check, unless_gone
 from longforge.server.token_report import chat_logprobs
@@ -36,7 +36,7 @@ def chat_router(service: Service) -> APIRouter:
             answers = await unless_gone(request, all_of([turn.whole_with_events() for turn in turns]))
         finally:
             close_all(turns)
-        return JSONResponse(_reply(service, body, head, turns, answers))
+        return JsonReply(_reply(service, body, head, turns, answers))
 
     return router
 

@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from longforge.errors import LongforgeError
 from longforge.server.choices import all_of, close_all, merged, open_all
 from longforge.server.completion import Completion
 from longforge.server.completion_request import CompletionRequest
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import DONE, ReplyHead, sse, usage_body
 from longforge.server.service import (
     EventStream,
@@ -52,7 +52,7 @@ def completions_router(service: Service) -> APIRouter:
             choices = await unless_gone(request, all_of([answer.whole() for answer in answers]))
         finally:
             close_all(answers)
-        return JSONResponse(head.body(KIND, choices=choices, usage=_usage(answers, body)))
+        return JsonReply(head.body(KIND, choices=choices, usage=_usage(answers, body)))
 
     return router
 

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from longforge.errors import LongforgeError
+from longforge.server.json_reply import JsonReply
 from longforge.server.replies import error_body
 from longforge.server.service import failed
 
@@ -47,7 +48,7 @@ def dialect_error(
         body: dict[str, Any] = {"type": "error", "error": error}
     else:
         body = error_body(message, kind or KINDS.get(status, "invalid_request_error"), param=param, code=code)
-    return JSONResponse(body, status, headers=dict(headers or {}))
+    return JsonReply(body, status, headers=dict(headers or {}))
 
 
 def dialect_failure(path: str, error: LongforgeError, *, draining: bool) -> JSONResponse:
@@ -61,7 +62,7 @@ def dialect_failure(path: str, error: LongforgeError, *, draining: bool) -> JSON
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
     if status == 429 and _is_anthropic(path):
         overloaded = {"type": "overloaded_error", "message": told["message"]}
-        return JSONResponse({"type": "error", "error": overloaded}, status, headers=headers)
+        return JsonReply({"type": "error", "error": overloaded}, status, headers=headers)
     return dialect_error(
         path, status, told["message"], told["type"], param=told["param"], code=told["code"], headers=headers
     )

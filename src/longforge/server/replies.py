@@ -1,6 +1,5 @@
 """Reply bodies of the OpenAI dialect, whole and in chunks. The forge gateway builds its replies here too."""
 
-import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any
 
 from longforge.protocol import Message, StopReason, ToolCall
 from longforge.server.wire import message_body, tool_call_body
+from longforge.server.wire_bytes import json_bytes
 
 __all__ = [
     "DONE",
@@ -54,7 +54,7 @@ def new_call_id() -> str:
 
 def sse(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json_bytes(body) + b"\n\n"
 
 
 def error_body(

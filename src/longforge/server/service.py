@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from longforge.chat import Tokenizer
 from longforge.errors import ContextOverflow, EngineError, LongforgeError, Overloaded
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.json_reply import JsonReply
 from longforge.server.observed import Observer, ignore
 from longforge.server.replies import error_body
 
@@ -103,7 +104,7 @@ def error_reply(
     status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> JSONResponse:
     """An error in OpenAI's form."""
-    return JSONResponse(error_body(message, kind, param=param, code=code), status)
+    return JsonReply(error_body(message, kind, param=param, code=code), status)
 
 
 def failed(error: LongforgeError, *, draining: bool = False) -> tuple[int, dict[str, Any]]:

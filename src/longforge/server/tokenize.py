@@ -3,12 +3,12 @@
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from longforge.chat import encode_prompt
 from longforge.errors import InputError
 from longforge.server.chat_request import TemplateArguments
+from longforge.server.json_reply import JsonReply
 from longforge.server.service import Service, model_check
 from longforge.server.token_report import token_text
 from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, ChatMessage, Tool, to_messages, to_tools
@@ -59,7 +59,7 @@ def tokenize_router(service: Service) -> APIRouter:
         }
         if body.return_token_strs:
             reply["token_strs"] = [token_text(tokenizer, token) for token in ids]
-        return JSONResponse(reply)
+        return JsonReply(reply)
 
     @router.post("/detokenize", response_model=None)
     def detokenize(body: DetokenizeRequest) -> Response:
@@ -69,7 +69,7 @@ def tokenize_router(service: Service) -> APIRouter:
         for token in body.tokens:
             if not 0 <= token < size:
                 raise InputError(f"tokens: expected ids from 0 to {size - 1}, got {token}")
-        return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+        return JsonReply({"prompt": tokenizer.decode(body.tokens)})
 
     return router
 
