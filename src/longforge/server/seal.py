@@ -6,8 +6,8 @@ readable to anyone but not changeable; it is what the dialects hand out where th
 being shown.
 
 What marks are for: thinking that comes without its text is taken only from a mark that holds; and a header of
-the reply says how much of the conversation's thinking is this model's own, unchanged. Thinking in plain text is
-taken whatever its mark says: agents change models in the middle of a conversation, and servers restart.
+the reply says how much of the conversation's thinking is this model's own, unchanged. Thinking in plain text
+is taken whatever its mark says: agents change models in a conversation, and servers restart.
 """
 
 import base64
