@@ -39,7 +39,13 @@ def test_the_check_itself_sees_a_heavy_package() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["serve", "--help"], ["forge", "run", "--help"], ["bench", "attention", "--help"]],
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["doctor", "--help"],
+        ["forge", "run", "--help"],
+        ["bench", "attention", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -101,6 +101,31 @@ def test_a_server_of_something_else_is_one_line(chat: Any, content_type: str, bo
     assert f"127.0.0.1:{server.server_port}/v1: expected a model server" in err
 
 
+class KeyedServer(OtherServer):
+    """Lists a model for whoever has the key, and nothing else."""
+
+    content_type, body = "application/json", b'{"object": "list", "data": [{"id": "mine"}]}'
+
+    def do_GET(self) -> None:
+        if self.headers["Authorization"] == "Bearer sesame":
+            super().do_GET()
+        else:
+            self.send_error(401)
+
+
+def test_a_server_that_asks_for_a_key_gets_the_one_that_was_given(chat: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), KeyedServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        code, out, err = chat("", "--url", url)
+        assert (code, out) == (2, "") and "give one with --api-key or in OPENAI_API_KEY" in err
+        assert chat("", "--url", url, "--api-key", "sesame") == (0, "", "")
+        monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+        assert chat("", "--url", url) == (0, "", "")
+        server.shutdown()
+
+
 def test_it_brings_its_own_model(chat: Any, folder: Path):
     code, out, err = chat("hello\n", str(folder), "--max-tokens", "5", "--seed", "1", "--threads", "1")
     assert (code, err) == (0, "") and out

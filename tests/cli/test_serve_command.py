@@ -1,6 +1,8 @@
 """`longforge serve` as a process: ready line, requests, Ctrl-C and SIGTERM, port in use."""
 
+import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -44,7 +46,7 @@ def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Pope
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, ending: signal.Signals):
-    with serve_process(folder, "--name", "mine") as (process, url):
+    with serve_process(folder, "--name", "mine", "--drain-seconds", "0") as (process, url):
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == "mine"
         # An answer that would take long is under way when the signal comes.
         body = {"model": "mine", "prompt": [1], "max_tokens": 1000, "temperature": 0}
@@ -56,7 +58,8 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, end
         process.send_signal(ending)
         output, errors = process.communicate(timeout=60)
         client.join()
-    assert (process.returncode, output, errors) == (0, "", "")
+    # The rest of what it said at the start was read together with the first line.
+    assert (process.returncode, output.strip(), errors) == (0, "", "")
     assert replies[0].status_code == 503 and "shutting down" in replies[0].text
 
 
@@ -67,3 +70,36 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(folder: Path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"longforge: port {port}: it is in use on 127.0.0.1; name another one with --port\n"
+
+
+def test_the_curl_line_it_prints_works(folder: Path):
+    with serve_process(folder, "--context", "2048", "--dtype", "bfloat16") as (process, url):
+        assert process.stdout is not None
+        rows = {}
+        while "active" not in rows:
+            label, _, text = process.stdout.readline().strip().partition("  ")
+            rows[label] = text.strip()
+        command = shlex.split(rows["try it"])
+        assert command[:2] == ["curl", f"{url}/chat/completions"]
+        body = json.loads(command[command.index("-d") + 1])
+        assert HTTP.post(command[1], json={**body, "max_tokens": 2}).json()["usage"]["completion_tokens"] <= 2
+        assert HTTP.get(f"{url}/models").json()["data"][0]["max_model_len"] == 2048
+        assert rows["computes"] == "CPU, bfloat16: as asked"
+        assert rows["threads"] == "1: as asked"
+        notice = process.stdout.readline()
+        assert "made for 1,024 positions" in notice
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dtype", "float16"], "dtype: expected auto, bfloat16 or float32, got 'float16'"),
+        (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["--device", "cuda:99"], "got 'cuda:99'"),
+    ],
+)
+def test_a_device_or_dtype_that_is_not_there_is_one_line(folder: Path, options: list[str], said: str):
+    command = [sys.executable, "-m", "longforge.cli", "serve", str(folder), "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1

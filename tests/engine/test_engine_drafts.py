@@ -9,11 +9,12 @@ import torch
 
 from longforge.engine import Engine, GenerationRequest, TokenEvent
 from longforge.engine.draft_length import DraftCosts, best_length, expected_tokens
+from longforge.engine.grammar import Grammars
 from longforge.errors import InputError
 from longforge.model import CausalLM, shipped
-from longforge.protocol import SamplingParams
+from longforge.protocol import Grammar, SamplingParams
 from small_engine import ids, one, run, tokens
-from small_model import small_model
+from small_model import small_model, small_tokenizer
 
 FREE = DraftCosts(rows=(1,), step=(1.0,), draft=(0.0,))
 """Guesses cost nothing: as many as allowed are always made."""
@@ -30,10 +31,16 @@ PARAMS = [
         repetition_penalty=1.2,
         seed=3,
     ),
+    SamplingParams(max_tokens=25, grammar=Grammar("regex", "(a|b|Which|read){4,}"), seed=5),
     SamplingParams(
         max_tokens=25, logit_bias=((4, 3.0), (9, -100.0)), min_tokens=20, stop_token_ids=(4, 5), seed=4
     ),
 ]
+
+
+@cache
+def grammars() -> Grammars:
+    return Grammars(small_tokenizer(), small_tokenizer().vocab_size)
 
 
 @cache
@@ -42,13 +49,13 @@ def micro() -> CausalLM:
 
 
 @pytest.mark.parametrize("drafts", [1, 2, 3])
-@pytest.mark.parametrize("params", PARAMS, ids=["greedy", "plain", "filters", "penalties", "bias"])
+@pytest.mark.parametrize("params", PARAMS, ids=["greedy", "plain", "filters", "penalties", "grammar", "bias"])
 def test_tokens_are_those_of_plain_decoding(drafts: int, params: SamplingParams):
     model = small_model()
     for length in (3, 4, 5, 8, 9):
         prompt = tokens(length, length)
-        plain = one(Engine(model, pages=24), prompt, params)
-        engine = Engine(model, pages=24, drafts=drafts, draft_costs=FREE)
+        plain = one(Engine(model, pages=24, grammars=grammars()), prompt, params)
+        engine = Engine(model, pages=24, drafts=drafts, draft_costs=FREE, grammars=grammars())
         drafted = one(engine, prompt, params)
         assert ids(drafted) == ids(plain)
         assert [e.stop_reason for e in drafted] == [e.stop_reason for e in plain]
@@ -78,11 +85,17 @@ def test_a_mixed_batch_with_drafts_and_a_cache_equals_each_request_alone():
         GenerationRequest(str(i), tokens(2 + 3 * (i % 4), i % 3) + tokens(i, i), PARAMS[i % len(PARAMS)])
         for i in range(10)
     ]
-    engine = Engine(model, pages=50, max_running=4, max_batch_tokens=9, drafts=3, draft_costs=FREE)
+    engine = Engine(
+        model, pages=50, max_running=4, max_batch_tokens=9, drafts=3, draft_costs=FREE, grammars=grammars()
+    )
     for _ in range(2):  # the second time everything is found
         together = run(engine, *asked)
         for request in asked:
-            alone = one(Engine(model, pages=24, max_running=1), request.prompt_ids, request.params)
+            alone = one(
+                Engine(model, pages=24, max_running=1, grammars=grammars()),
+                request.prompt_ids,
+                request.params,
+            )
             assert ids(together[request.id]) == ids(alone)
 
 

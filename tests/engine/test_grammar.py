@@ -17,7 +17,7 @@ from longforge.chat import parse
 from longforge.chat.constraint import Constraint, answer_grammar
 from longforge.engine import grammar as engine_grammar
 from longforge.engine.grammar import Grammars, Matcher
-from longforge.engine.sampler import sample
+from longforge.engine.sampler import Row, sample
 from longforge.errors import InputError
 from longforge.kernels.layout import PackedLayout
 from longforge.protocol import Grammar, SamplingParams, ToolSpec
@@ -199,7 +199,8 @@ def decode(matcher: Matcher, params: SamplingParams, limit: int) -> list[int]:
         )
         if tokens[begin:] and bits[TOKENIZER.eos_id]:
             return [*tokens[begin:], TOKENIZER.eos_id]
-        (token,) = sample(logits.masked_fill(~bits, -torch.inf), [params], [7], [len(tokens)]).token_ids
+        words = -(-logits.shape[1] // 32)
+        (token,) = sample(logits, [Row(params, 7, len(tokens), mask=mask[:words])]).token_ids
         assert bits[token]
         matcher.accept(token)
         tokens.append(token)

@@ -112,6 +112,17 @@ def test_a_key_names_the_tenant_and_a_caller_cannot(guarded: Guarded):
     assert refused.status_code == 400 and "cache_salt" in refused.json()["error"]["message"]
 
 
+def test_cached_tokens_are_those_of_the_tenants_own_cache(guarded: Guarded):
+    def cached(key: str) -> int:
+        body = {**BODY, "prompt": list(range(60, 100))}
+        reply = HTTP.post(f"{guarded.url}/v1/completions", json=body, headers=bearer(key))
+        return reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("key-of-ann-1") == 0
+    assert cached("key-of-ann-1") > 0
+    assert cached("key-of-bob-1") == 0, "nobody can find out what another has asked"
+
+
 def test_only_the_admin_key_pauses_and_resumes(guarded: Guarded):
     for path in ("/pause", "/resume", "/reset_prefix_cache"):
         reply = HTTP.post(f"{guarded.url}{path}", headers=bearer("key-of-ann-1"))

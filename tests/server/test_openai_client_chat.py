@@ -163,7 +163,6 @@ def test_the_selected_blocks_are_told_with_each_chunk(served: Any):
     assert all(not hasattr(chunk, "longforge") for chunk in streamed(served, seed=1))
 
 
-@pytest.mark.xfail(strict=False, reason="the engine does not report selected blocks yet")
 def test_the_newest_token_selects_at_least_its_own_block(served: Any):
     chunks = streamed(served, seed=1, extra_body={"report_blocks": True, "return_token_ids": True})
     reports = [chunk.longforge for chunk in chunks if hasattr(chunk, "longforge")]
@@ -177,14 +176,12 @@ def greedy(served: Any, **fields: Any) -> Any:
     return ask(served, temperature=0, **fields, extra_body=body).choices[0].token_ids
 
 
-@pytest.mark.xfail(strict=False, reason="the sampler does not know biases yet")
 def test_a_bias_forbids_and_forces_a_token(served: Any):
     ids = greedy(served)
     assert ids[0] not in greedy(served, logit_bias={str(ids[0]): -100})
     assert set(greedy(served, logit_bias={"17": 100})) == {17}
 
 
-@pytest.mark.xfail(strict=False, reason="the sampler does not know penalties yet")
 @pytest.mark.parametrize(
     "penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 50}}]
 )
@@ -194,13 +191,11 @@ def test_a_penalty_makes_an_answer_repeat_itself_less(served: Any, penalty: dict
     assert len(set(varied)) > len(set(plain))
 
 
-@pytest.mark.xfail(strict=False, reason="the sampler does not know min_p yet")
 def test_min_p_of_one_is_greedy(served: Any):
     body = {"min_p": 1, "return_token_ids": True}
     assert ask(served, seed=9, extra_body=body).choices[0].token_ids == greedy(served)
 
 
-@pytest.mark.xfail(strict=False, reason="the sampler does not know min_tokens yet")
 def test_an_answer_does_not_end_before_min_tokens(taught: Any):
     answer = ask(taught, max_tokens=60, extra_body={"min_tokens": 50})
     assert answer.usage.completion_tokens >= 50
@@ -208,10 +203,8 @@ def test_an_answer_does_not_end_before_min_tokens(taught: Any):
 
 CALLS = {"tools": TOOLS, "max_tokens": 200}
 NAMED = {"type": "function", "function": {"name": "grep"}}
-NEEDS_GRAMMAR = pytest.mark.xfail(strict=False, reason="constrained answers are not served yet")
 
 
-@NEEDS_GRAMMAR
 @pytest.mark.parametrize(("choice", "finish"), [("required", "tool_calls"), (NAMED, "stop")])
 def test_a_required_call_comes_and_tells_it_as_openai_does(served: Any, choice: Any, finish: str):
     answer = ask(served, **CALLS, seed=1, tool_choice=choice, parallel_tool_calls=False).choices[0]
@@ -222,7 +215,6 @@ def test_a_required_call_comes_and_tells_it_as_openai_does(served: Any, choice: 
     assert chunks[-1].choices[0].finish_reason == finish
 
 
-@NEEDS_GRAMMAR
 def test_content_follows_the_schema_asked_for(served: Any):
     schema = {
         "type": "object",

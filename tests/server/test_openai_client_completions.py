@@ -70,7 +70,6 @@ def test_echo_of_the_prompt_alone_samples_nothing(served: Any):
     assert answer.usage.completion_tokens == 0
 
 
-@pytest.mark.xfail(strict=False, reason="the engine does not give a prompt's log-probabilities yet")
 @pytest.mark.parametrize("limit", [0, 1])
 def test_the_prompts_own_logprobs_are_the_models(served: Any, limit: int):
     """What evaluation harnesses ask for to rate a given text."""

@@ -108,7 +108,6 @@ def test_pausing_holds_an_answer_and_resuming_goes_on():
             assert [line for line in reply.iter_lines() if line][-1] == "data: [DONE]"
 
 
-@pytest.mark.xfail(strict=False, reason="the engine has no cache to reset yet")
 def test_the_cache_can_be_emptied(served: Any):
     reply = HTTP.post(f"{served.url}/reset_prefix_cache")
     assert reply.status_code == 200 and reply.json()["pages"] >= 0

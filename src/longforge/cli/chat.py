@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
-HELP = "Ctrl-D leaves, /reset forgets the conversation."
+HELP = "/reset forgets the conversation, /tools shows what is offered, Ctrl-C stops an answer, Ctrl-D leaves."
 
 
 def chat(
@@ -27,6 +28,10 @@ def chat(
         typer.Argument(help="Model folder. Without one, the shipped demo model.", show_default=False),
     ] = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server instead of loading a model.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key of the server at --url.", envvar="OPENAI_API_KEY", show_default=False),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     tools: Annotated[
         Path | None, typer.Option(help="JSON file with the tools on offer; you type what they return.")
@@ -35,7 +40,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch finds).", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: the free cores).", min=1)] = None,
 ) -> None:
     """Chat with a model. Thinking is shown dimmed; reads lines from a pipe as well."""
     if url is not None and model is not None:
@@ -50,7 +55,7 @@ def chat(
     asked["extra_body"] = {"thinking": {"type": thinking}}
     with ExitStack() as stack:
         base = url or stack.enter_context(_local_server(model, threads)).url
-        _Conversation(base, asked, system, local=url is None).run()
+        _Conversation(base, None if url is None else api_key, asked, system, local=url is None).run()
 
 
 def _local_server(model: str | None, threads: int | None) -> "BackgroundServer":
@@ -76,7 +81,9 @@ def _read_tools(path: Path) -> list[Any]:
 class _Conversation:
     """Reads what the user says, shows what the model says."""
 
-    def __init__(self, url: str, asked: dict[str, Any], system: str | None, *, local: bool) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, asked: dict[str, Any], system: str | None, *, local: bool
+    ) -> None:
         import openai
         from rich.console import Console
 
@@ -84,7 +91,9 @@ class _Conversation:
         base = base if base.endswith("/v1") else f"{base}/v1"
         # A proxy from the environment has no business between two ends of this process.
         http = openai.DefaultHttpxClient(trust_env=not local)
-        self._client = openai.OpenAI(base_url=base, api_key="none", max_retries=0, http_client=http)
+        self._client = openai.OpenAI(
+            base_url=base, api_key=api_key or "none", max_retries=0, http_client=http
+        )
         self._asked = {**asked, "model": self._served_model(base)}
         self._console: Console = Console(highlight=False, markup=False, soft_wrap=True)
         self._start: list[Any] = [{"role": "system", "content": system}] if system else []
@@ -98,10 +107,21 @@ class _Conversation:
         while (line := self._read("> ")) is not None:
             if line.strip() == "/reset":
                 self._messages = list(self._start)
+            elif line.strip() == "/tools":
+                self._show_tools()
             elif line.strip() and not self._turn(line):
                 break
         if self._interactive:
             self._console.print()
+
+    def _show_tools(self) -> None:
+        offered = [tool["function"] for tool in self._asked.get("tools", ())]
+        for function in offered:
+            parameters = ", ".join((function.get("parameters") or {}).get("properties", {}))
+            said = f"{function.get('name')}({parameters})  {function.get('description') or ''}"
+            self._console.print(said.rstrip(), style="dim")
+        if not offered:
+            self._console.print("no tools are offered; --tools FILE offers some", style="dim")
 
     def _turn(self, line: str) -> bool:
         """One turn: the answer, and as long as it calls tools, their results and the next answer.
@@ -129,20 +149,31 @@ class _Conversation:
                 self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
 
     def _answer(self) -> dict[str, Any]:
-        """Streams the next answer to the screen and returns it as a message."""
+        """Streams the next answer to the screen and returns it as a message.
+
+        In a terminal, Ctrl-C ends the request, and what had come by then is the answer.
+        """
         import openai
 
         shown = _Shown(self._console)
         try:
-            for chunk in self._client.chat.completions.create(
-                messages=self._messages, stream=True, **self._asked
-            ):
-                for choice in chunk.choices:
-                    shown.add(choice.delta)
+            with self._client.chat.completions.create(
+                messages=self._messages, stream=True, stream_options={"include_usage": True}, **self._asked
+            ) as stream:
+                for chunk in stream:
+                    shown.count(chunk.usage)
+                    for choice in chunk.choices:
+                        shown.add(choice.delta)
         except openai.APIError as error:
             raise InputError(_reason(error)) from None
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            shown.stop()
         finally:
             shown.end()
+        if self._interactive:
+            shown.tell_facts()
         return shown.message()
 
     def _read(self, prompt: str) -> str | None:
@@ -160,6 +191,10 @@ class _Conversation:
 
         try:
             return self._client.models.list().data[0].id
+        except openai.AuthenticationError:
+            raise InputError(
+                f"{base}: it asks for an API key; give one with --api-key or in OPENAI_API_KEY"
+            ) from None
         except openai.APIError as error:
             reason = str(error)
         except (AttributeError, IndexError, TypeError, ValueError):
@@ -177,6 +212,8 @@ class _Shown:
         self._thinking: str | None = None
         self._content = ""
         self._calls: list[dict[str, Any]] = []
+        self._first: float | None = None
+        self._usage: Any = None
 
     def add(self, delta: Any) -> None:
         """Shows one delta of the stream."""
@@ -191,32 +228,70 @@ class _Shown:
             if call.index == len(self._calls):
                 function = {"name": call.function.name, "arguments": ""}
                 self._calls.append({"id": call.id, "type": "function", "function": function})
-            function = self._calls[call.index]["function"]
-            function["arguments"] += call.function.arguments
-            self._show(f"call {call.index}", call.function.arguments, f"(calls {function['name']}) ", "cyan")
+                self._show(f"call {call.index}", "", f"(calls {function['name']}) ", "cyan")
+            arguments = (call.function and call.function.arguments) or ""
+            self._calls[call.index]["function"]["arguments"] += arguments
+            self._show(f"call {call.index}", arguments, style="cyan")
+
+    def count(self, usage: Any) -> None:
+        """Takes the usage where a chunk has it."""
+        self._usage = usage or self._usage
+
+    def stop(self) -> None:
+        """The user has heard enough: the calls are not made."""
+        self._calls.clear()
+        self._show("stopped", "(stopped)", style="dim")
 
     def end(self) -> None:
         """Ends the line."""
         if self._part:
             self._console.print()
+            self._part = ""
+
+    def tell_facts(self) -> None:
+        """Speed and cached tokens, as far as the server told them."""
+        if self._usage is None:
+            return
+        tokens = self._usage.completion_tokens
+        facts = [f"{tokens} tokens"]
+        if self._first is not None and tokens > 1:
+            facts.append(f"{(tokens - 1) / max(time.monotonic() - self._first, 1e-3):.0f} tokens/s")
+        details = self._usage.prompt_tokens_details
+        prompt = f"prompt {self._usage.prompt_tokens}"
+        if details is not None and details.cached_tokens is not None:
+            prompt += f", {details.cached_tokens} cached"
+        self._console.print(f"[{', '.join([*facts, prompt])}]", style="dim")
 
     def message(self) -> dict[str, Any]:
-        """The whole answer, thinking included, as the next request needs it."""
+        """The whole answer, thinking included, as the next request needs it.
+
+        A call that was cut off in its arguments is left out: nobody could answer it.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self._content}
         if self._thinking is not None:
             message["reasoning_content"] = self._thinking
-        if self._calls:
-            message["tool_calls"] = self._calls
+        whole = [call for call in self._calls if _is_object(call["function"]["arguments"])]
+        if whole:
+            message["tool_calls"] = whole
         return message
 
     def _show(self, part: str, text: str, opening: str = "", style: str | None = None) -> None:
-        if not text:
+        if not text and not opening.startswith("(calls"):
             return
+        if self._first is None:
+            self._first = time.monotonic()
         if part != self._part:
             self.end()
             self._part = part
             text = opening + text
         self._console.print(text, style=style, end="")
+
+
+def _is_object(arguments: str) -> bool:
+    try:
+        return isinstance(json.loads(arguments or "{}"), dict)
+    except ValueError:
+        return False
 
 
 def _reason(error: "openai.APIError") -> str:

@@ -18,7 +18,15 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)
     ] = 8000,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch finds).", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads (default: the cores that are free).", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a request (default: what the model was made for).", min=2),
+    ] = None,
     pages: Annotated[
         int | None,
         typer.Option(help="Pages of keys and values (default: 16 full contexts, 4 GiB at most).", min=1),
@@ -58,6 +66,9 @@ def serve(
         threads=threads,
         pages=pages,
         max_running=max_running,
+        device=device,
+        dtype=dtype,
+        context=context,
         max_requests=max_requests,
         max_queued_tokens=max_queued_tokens,
         api_key_file=api_key_file,

@@ -67,7 +67,10 @@ class Drafter:
                 hidden = self._again([filled[p] for p in guessing], [guesses[p] for p in guessing], hidden)
             else:
                 hidden = hidden[guessing]
-            tokens = self._runner.logits(hidden).argmax(dim=-1).tolist()
+            logits = self._runner.logits(hidden)
+            for row, place in enumerate(guessing):
+                _forbid(logits[row], filled[place], guesses[place])
+            tokens = logits.argmax(dim=-1).tolist()
             for place, token in zip(guessing, tokens, strict=True):
                 guesses[place].append(token)
             going = [row for row, p in enumerate(guessing) if lengths[filled[p]] > step + 1]
@@ -113,6 +116,19 @@ class Drafter:
             for s, guess in zip(sequences, guesses, strict=True)
         ]
         return self._runner.run_drafts(stretches, hidden)
+
+
+@torch.inference_mode()
+def _forbid(logits: Tensor, sequence: Sequence, guess: Seq[int]) -> None:
+    """Takes what the sequence's grammar forbids after its guesses out of the logits [V]."""
+    if sequence.matcher is None:
+        return
+    try:
+        mask = sequence.matcher.masks(guess)[-1]
+    except InputError:  # its grammar became too much work: told when it samples
+        return
+    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
+    logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
 
 def _worth_verifying(sequence: Sequence, guess: Seq[int]) -> tuple[int, ...]:

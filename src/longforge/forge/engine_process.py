@@ -37,6 +37,8 @@ class EngineProcess:
         self._from = self._output.tell()
         command = [sys.executable, "-m", "longforge.cli", "serve", str(model), "--name", "policy"]
         command += ["--port", "0", "--threads", str(config.threads), "--max-running", str(config.max_running)]
+        # Sampling and training must agree about probabilities, and the trainer computes in fp32 on the CPU.
+        command += ["--device", "cpu", "--dtype", "float32"]
         if config.pages is not None:
             command += ["--pages", str(config.pages)]
         # An idle pool of threads must not spin on the cores that the trainer uses, and the reverse.

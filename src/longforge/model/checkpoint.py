@@ -21,7 +21,7 @@ from longforge.model.checkpoint_names import Piece, parameter_pieces, style_of
 from longforge.model.config import ModelConfig
 from longforge.model.safetensors_files import INDEX, TensorFiles, read_json, write_tensors
 
-__all__ = ["config_of", "load_model", "save_model"]
+__all__ = ["config_of", "declared_dtype", "load_model", "save_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ def config_of(folder: str | Path) -> ModelConfig:
         return read_config(read_json(path / "config.json"))
     except ConfigError as error:
         raise ConfigError(f"{path / 'config.json'}: {error}") from error
+
+
+def declared_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype that a model folder's config.json names; fp32 where it names none."""
+    return _declared_dtype(read_json(_folder(folder) / "config.json"))
 
 
 def load_model(

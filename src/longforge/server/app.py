@@ -22,6 +22,7 @@ from longforge.server.front_door import Door, FrontDoor
 from longforge.server.information import information_router
 from longforge.server.invalid import describe_invalid
 from longforge.server.metrics import Metrics
+from longforge.server.page import page_router
 from longforge.server.responses.routes import responses_router
 from longforge.server.service import ClientGone, Service
 from longforge.server.tokenize import tokenize_router
@@ -73,6 +74,7 @@ def create_app(
     app.include_router(tokenize_router(service), responses=ERRORS)
     app.include_router(admin_router(service), responses=ERRORS)
     app.include_router(information_router(service, metrics), responses=ERRORS)
+    app.include_router(page_router())
     _add_errors(app, engine_loop)
     app.add_middleware(FrontDoor, door=door)
     return app

@@ -188,6 +188,12 @@ class EngineLoop:
         """`Engine.swap_weights` between two steps; returns when the new weights are active."""
         await asyncio.wrap_future(self._command(lambda: self.engine.swap_weights(state, version)))
 
+    async def reset_cache(self) -> int:
+        """`Engine.reset_cache` between two steps. Returns how many pages were forgotten."""
+        forgotten: list[int] = []
+        await asyncio.wrap_future(self._command(lambda: forgotten.append(self.engine.reset_cache())))
+        return forgotten[0]
+
     def stats(self) -> EngineStats:
         """Counters of the engine, at most one step old."""
         return self.engine.stats()

@@ -15,6 +15,8 @@ __all__ = ["LOOPBACK_HOSTS", "Door", "FrontDoor"]
 LOOPBACK = frozenset({"127.0.0.1", "::1", "::ffff:127.0.0.1"})
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 MAX_HEADERS = 100
+PAGE = "/page/"
+"""What the web page is made of."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,14 @@ class Door:
     """Who may come in, and with how much.
 
     allowed_hosts: names that the Host header may have (None: any). A server on a loopback address names them,
-    so that no web page can reach it under a name of its own. open_paths: need no key.
+    so that no web page can reach it under a name of its own. open_paths and what is below PAGE need no key:
+    they hold nothing of anybody's.
     """
 
     keys: ApiKeys = field(default_factory=ApiKeys)
     allowed_hosts: frozenset[str] | None = None
     max_body_bytes: int = 64 * 2**20
-    open_paths: frozenset[str] = frozenset({"/health", "/ready", "/version"})
+    open_paths: frozenset[str] = frozenset({"/", "/health", "/ready", "/version"})
 
 
 class FrontDoor:
@@ -79,7 +82,7 @@ class FrontDoor:
         caller = self._door.keys.caller(_key(headers))
         if caller is not None:
             return caller
-        if scope["path"] in self._door.open_paths:
+        if scope["path"] in self._door.open_paths or scope["path"].startswith(PAGE):
             return Caller()
         raise HTTPException(
             401,

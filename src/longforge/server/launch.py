@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,16 +10,21 @@ import torch
 from longforge.chat import Tokenizer
 from longforge.chat.tokens import EOS
 from longforge.engine import Engine
+from longforge.engine.grammar import Grammars
 from longforge.errors import CheckpointError, InputError
 from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
+from longforge.model.checkpoint import config_of
 from longforge.server.app import create_app
+from longforge.server.banner import Features, ServerFacts, banner
+from longforge.server.cores import free_cores
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.front_door import LOOPBACK_HOSTS, Door
 from longforge.server.keys import ApiKeys
+from longforge.server.placement import choose_placement
 from longforge.server.running import Drain, bind, run_server, url_of
 
-__all__ = ["default_pages", "load", "serve", "served_hosts"]
+__all__ = ["default_pages", "load", "model_folder", "serve", "served_hosts"]
 
 KEY_VARIABLE = "LONGFORGE_API_KEY"
 
@@ -43,16 +49,22 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     max_body_bytes: int = 64 * 2**20,
     drain_seconds: float = 30.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    context: int | None = None,
 ) -> None:
     """Serves a model folder (None: the shipped demo model) until Ctrl-C or SIGTERM.
 
     name: the model's name in requests (None: the folder's). port: 0 picks a free one. threads: CPU threads
-    (None: as torch finds). pages: pages in the pool. max_requests, max_queued_tokens: most open requests and
-    most prompt tokens of them; more are refused until some are done. api_key_file: lines name:key; a single
-    key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that requests may give
-    the server beside those of a loopback address. drain_seconds: how long open answers may go on after the
-    first signal. Prints one line with the URL when it is ready. Errors: InputError for a port in use or a bad
-    number, ConfigError for the keys, CheckpointError for the folder; before anything is served.
+    (None: the cores that are free). pages: pages in the pool. max_requests, max_queued_tokens: most open
+    requests and most prompt tokens of them; more are refused until some are done. api_key_file: lines
+    name:key; a single key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that
+    requests may give the server beside those of a loopback address. drain_seconds: how long open answers may
+    go on after the first signal. device, dtype: as in `choose_placement`. context: most positions of a
+    request, instead of the model's own.
+
+    Prints where it is when it is ready, the URL in the first line. Errors: InputError for a port in use or a
+    bad number, ConfigError for the keys, CheckpointError for the folder; before anything is served.
     """
     door = Door(
         ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
@@ -61,31 +73,45 @@ def serve(
     )
     listener = bind(host, port)  # first, so that a port in use is told before a model is loaded
     try:
+        folder = model_folder(model)
+        cores = free_cores()
         engine_loop, tokenizer, model_name = load(
-            model,
+            folder,
             name=name,
-            threads=threads,
+            threads=cores.free if threads is None else threads,
             pages=pages,
             max_running=max_running,
             max_requests=max_requests,
             max_queued_tokens=max_queued_tokens,
+            device=device,
+            dtype=dtype,
+            context=context,
         )
     except BaseException:
         listener.close()
         raise
-    engine = engine_loop.engine
-
-    def announce() -> None:
-        print(
-            f"longforge serves {model_name} at {url_of(listener)}/v1 "
-            f"(context {engine.context}, {engine.stats().pages} pages of {engine.config.block_size} tokens, "
-            f"{torch.get_num_threads()} threads); Ctrl-C stops it",
-            flush=True,
-        )
+    facts = ServerFacts(
+        model=model_name,
+        url=url_of(listener),
+        context=engine_loop.engine.context,
+        pages=engine_loop.stats().pages,
+        page_tokens=engine_loop.engine.config.block_size,
+        threads=torch.get_num_threads(),
+        threads_why=cores.why if threads is None else "as asked",
+        placement=str(choose_placement(folder, device, dtype)),
+        features=_features(engine_loop.engine.config, len(door.keys.digests)),
+        notices=_notices(config_of(folder).max_positions, context),
+    )
 
     app = create_app(engine_loop, tokenizer, model_name, door=door)
     drain = Drain(engine_loop.drain, lambda: engine_loop.open_requests == 0, drain_seconds)
-    run_server(app, listener, on_ready=announce, on_stop=engine_loop.stop, drain=drain)
+    run_server(
+        app,
+        listener,
+        on_ready=lambda: print(banner(facts), flush=True),
+        on_stop=engine_loop.stop,
+        drain=drain,
+    )
 
 
 def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
@@ -109,22 +135,28 @@ def load(
     max_running: int = 64,
     max_requests: int = 1024,
     max_queued_tokens: int = 64_000_000,
+    device: str = "auto",
+    dtype: str = "auto",
+    context: int | None = None,
 ) -> tuple[EngineLoop, Tokenizer, str]:
     """A warm engine in its loop (not started), the tokenizer and the model's name; arguments of `serve`."""
     keep_freed_memory()
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads: expected at least 1, got {threads}")
-        torch.set_num_threads(threads)
-    folder = shipped.path() if model is None else Path(model)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a model folder, there is none")
+    folder = model_folder(model)
+    threads = free_cores().free if threads is None else threads
+    if threads < 1:
+        raise InputError(f"threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
     tokenizer = Tokenizer.load(folder)
     try:
         tokenizer.token_id(EOS)  # every request stops at it: told now, not at the first one
     except InputError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    causal_lm = CausalLM.from_pretrained(folder)
+    placement = choose_placement(folder, device, dtype)
+    causal_lm = CausalLM.from_pretrained(folder, placement.dtype, placement.device)
+    if context is not None:
+        if context < 2:
+            raise InputError(f"context: expected at least 2 tokens, got {context}")
+        causal_lm.config = replace(causal_lm.config, max_positions=context)
     config = causal_lm.config
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -137,10 +169,36 @@ def load(
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
         max_running=max_running,
         max_batch_tokens=max(2048, max_running),
+        grammars=Grammars(tokenizer, config.vocab_size),
     )
     engine.warm_up()
     loop = EngineLoop(engine, threads=threads, max_requests=max_requests, max_tokens=max_queued_tokens)
     return loop, tokenizer, name or folder.resolve().name
+
+
+def model_folder(model: str | Path | None) -> Path:
+    """The folder of a model, None being the shipped one. CheckpointError where there is none."""
+    folder = shipped.path() if model is None else Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a model folder, there is none")
+    return folder
+
+
+def _features(config: ModelConfig, api_keys: int) -> Features:
+    """What `load` switches on."""
+    return Features(
+        sparse_blocks=config.top_k_blocks if config.has("sparse") else 0,
+        prefix_cache=True,
+        constrained=True,
+        api_keys=api_keys,
+    )
+
+
+def _notices(trained: int, context: int | None) -> tuple[str, ...]:
+    """trained: positions that the model was made for."""
+    if context is None or context <= trained:
+        return ()
+    return (f"the model was made for {trained:,} positions; beyond them its answers may be of no use",)
 
 
 def default_pages(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
