@@ -4,6 +4,10 @@ A mark is an HMAC-SHA256 over the model's name, the weights version and the text
 long as the process. It says that this server wrote exactly this text. A sealed text carries the text itself,
 readable to anyone but not changeable; it is what the dialects hand out where thinking is asked for without
 being shown.
+
+What marks are for: thinking that comes without its text is taken only from a mark that holds; and a header of
+the reply says how much of the conversation's thinking is this model's own, unchanged. Thinking in plain text
+is taken whatever its mark says: agents change models in a conversation, and servers restart.
 """
 
 import base64

@@ -105,7 +105,7 @@ class ResponsesRequest(Body):
     """Body of POST /v1/responses."""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -130,6 +130,8 @@ class ResponsesRequest(Body):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ResponsesRequest":
+        if not self.input and self.input != "":
+            raise ValueError("input: expected text or at least 1 item, got an empty list")
         if self.background and self.stream:
             raise ValueError("background: expected no stream with it; ask for the response by its id")
         if self.background and not self.stored:
