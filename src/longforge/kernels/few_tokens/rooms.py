@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Rooms", "pad", "rooms_for"]
+from longforge.kernels.few_tokens.vectors import borrowed
+from longforge.kernels.numba_host import compiled
+
+__all__ = ["Rooms", "borrowed_rooms", "pad", "rooms_for"]
 
 
 class Rooms(NamedTuple):
@@ -52,6 +55,18 @@ class Rooms(NamedTuple):
     """int64 [T chosen], their feed-forward rows."""
     blocks: Any
     """int32 [sparse layers, T, Hkv, K], the selections."""
+
+
+@compiled()
+def borrowed_rooms(r):
+    """The same without owners, see `borrowed`."""
+    return Rooms(
+        borrowed(r.x), borrowed(r.normed), borrowed(r.pair), borrowed(r.projected), borrowed(r.attended),
+        borrowed(r.delta), borrowed(r.gate_up), borrowed(r.active), borrowed(r.expert_rows),
+        borrowed(r.weights), borrowed(r.cos), borrowed(r.sin), borrowed(r.choices), borrowed(r.numbers),
+        borrowed(r.shared_rows), borrowed(r.experts), borrowed(r.starts), borrowed(r.of), borrowed(r.to),
+        borrowed(r.blocks),
+    )  # fmt: skip
 
 
 def pad(n: int) -> int:
