@@ -106,6 +106,7 @@ def tables(model: CausalLM, cache: KVCache) -> Tables:
     for i, (spec, block) in enumerate(zip(kinds, blocks, strict=True)):
         assert isinstance(block, DecoderLayer)
         row = layers[i]
+        row["number"] = i
         row["mixer"] = MIXERS[spec.mixer]
         row["window"] = c.window if spec.mixer == "sliding" else np.iinfo(np.int64).max // 2
         before = sum(kind.mixer == "sparse" for kind in kinds[:i])

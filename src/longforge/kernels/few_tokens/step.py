@@ -130,7 +130,7 @@ def _feed_forward(turns, me, m, layer, scales, w, n, r):
     if layer.experts:
         u = take(turns, me, 1)
         while u >= 0:
-            plan(r, n, m.chosen)
+            plan(layer, r, n, m.chosen)
             u = take(turns, me, 1)
     units = gate_up_units(m, layer, r, n)
     u = take(turns, me, units)
