@@ -58,7 +58,7 @@ class FewTokens:
         self._head_kind = _kind(model.head_weight.dtype)
         self.refresh()
         sparse = 1 + max(int(n) for n in self._tables.layers["sparse_number"])
-        self._rooms = rooms_for(self._tables.model, max_tokens, model.config.experts, sparse)
+        self._rooms = rooms_for(self._tables.model, max_tokens, model.config.experts, len(self._tables.layers), sparse)
 
     @staticmethod
     def supports(model: CausalLM) -> bool:

@@ -48,10 +48,17 @@ class Tables(NamedTuple):
     """Multiply-adds of a token in the decoder's matrices."""
 
 
+ARENA = 1 << 28
+
+
 class _Writer:
     """Collects scales and addresses while the tables are filled."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: CausalLM) -> None:
+        total = sum(w.numel() * w.element_size() for w in model.parameters())
+        # numpy asks for huge pages.
+        self.arena = torch.from_numpy(np.empty(total + (1<<21) if total <= ARENA else 0, np.uint8))
+        self._free = -self.arena.data_ptr() % 64
         self.scales: list[Tensor] = []
         self.held: list[Tensor] = []
         self._end = 0
@@ -77,13 +84,20 @@ class _Writer:
         """The address of a matrix [..., out, in], whose rows are padded in a copy where they have to be."""
         weight = weight.detach()
         missing = pad(weight.shape[-1]) - weight.shape[-1]
-        return self.tensor(nn.functional.pad(weight, (0, missing)) if missing else weight.contiguous())
+        padded = nn.functional.pad(weight, (0, missing)) if missing else weight.contiguous()
+        size = padded.numel() * padded.element_size()
+        if self._free + size > len(self.arena):
+            return self.tensor(padded)
+        place = self.arena[self._free : self._free + size]
+        place.copy_(padded.view(-1).view(torch.uint8))
+        self._free += -(-size // 64) * 64
+        return self.tensor(place)
 
 
 @torch.no_grad()
 def tables(model: CausalLM, cache: KVCache) -> Tables:
     """Reads addresses and norms of a model and its cache."""
-    c, write = model.config, _Writer()
+    c, write = model.config, _Writer(model)
     modules = [m for m in model.mtp if isinstance(m, MTPModule)]
     modules = modules[: max(0, len(cache.k) - len(c.layers))]
     layers = np.zeros(len(c.layers) + len(modules), LAYER)
@@ -92,6 +106,7 @@ def tables(model: CausalLM, cache: KVCache) -> Tables:
     for i, (spec, block) in enumerate(zip(kinds, blocks, strict=True)):
         assert isinstance(block, DecoderLayer)
         row = layers[i]
+        row["number"] = i
         row["mixer"] = MIXERS[spec.mixer]
         row["window"] = c.window if spec.mixer == "sliding" else np.iinfo(np.int64).max // 2
         before = sum(kind.mixer == "sparse" for kind in kinds[:i])

@@ -15,27 +15,29 @@ __all__ = ["down_unit", "down_units", "gate_up_unit", "gate_up_units", "plan"]
 
 
 @compiled(error_model="numpy")
-def plan(r, n, chosen):
-    """Sorts the tokens' choices by expert: experts, starts, of and to."""
+def plan(layer, r, n, chosen):
+    """Sorts the tokens' choices by expert: experts, starts, of and to of this layer."""
+    experts, starts = r.experts[layer.number], r.starts[layer.number]
+    of, to = r.of[layer.number], r.to[layer.number]
     count, at = 0, 0
-    for e in range(len(r.experts) - 1):
+    for e in range(layer.experts):
         before = at
         for i in range(n):
             for j in range(chosen):
                 if r.choices[i, j] == e:
-                    r.of[at], r.to[at] = i, i * (chosen + 1) + j
+                    of[at], to[at] = i, i * (chosen + 1) + j
                     at += 1
         if at > before:
-            r.experts[count], r.starts[count] = e, before
+            experts[count], starts[count] = e, before
             count += 1
-    r.starts[count] = at
-    r.experts[len(r.experts) - 1] = count
+    starts[count] = at
+    experts[len(experts) - 1] = count
 
 
 @compiled(error_model="numpy")
 def _routed(m, layer, r, n):
     """(experts with tokens, tokens of one on average)."""
-    active = r.experts[len(r.experts) - 1] if layer.experts else 0
+    active = r.experts[layer.number, -1] if layer.experts else 0
     return active, max(1, n * m.chosen // max(1, active))
 
 
@@ -54,11 +56,12 @@ def gate_up_unit(unit, m, layer, r, n, w):
     each = slices(m.expert_size, inner, tokens)
     if unit < active * each:
         a, part = unit // each, unit % each
-        begin, size = r.starts[a], m.expert_size
+        begin, end = r.starts[layer.number, a], r.starts[layer.number, a + 1]
+        size = m.expert_size
         first, step = part * slice_rows(inner, tokens), slice_rows(inner, tokens)
-        matrix, start = flat_view(layer.gate_up, w), r.experts[a] * 2 * size
+        matrix, start = flat_view(layer.gate_up, w), r.experts[layer.number, a] * 2 * size
         _gate_up(
-            m, r, r.to[begin:], r.of[begin:], r.starts[a + 1] - begin, matrix, start, size, first,
+            m, r, r.to[layer.number, begin:], r.of[layer.number, begin:], end - begin, matrix, start, size, first,
             min(size, first + step),
         )  # fmt: skip
     else:
@@ -100,10 +103,10 @@ def down_unit(unit, m, layer, r, n, w):
     each = slices(m.hidden, inner, tokens)
     if unit < active * each:
         a, first, step = unit // each, unit % each * slice_rows(inner, tokens), slice_rows(inner, tokens)
-        begin = r.starts[a]
-        matrix, start = flat_view(layer.down, w), r.experts[a] * m.hidden
+        begin, end = r.starts[layer.number, a], r.starts[layer.number, a + 1]
+        matrix, start = flat_view(layer.down, w), r.experts[layer.number, a] * m.hidden
         rows = min(step, m.hidden - first)
-        _down(r, r.to[begin:], r.starts[a + 1] - begin, matrix, start + first, inner, first, rows)
+        _down(r, r.to[layer.number, begin:], end - begin, matrix, start + first, inner, first, rows)
     else:
         inner = round_up(layer.shared_size)
         first, step = (unit - active * each) * slice_rows(inner, n), slice_rows(inner, n)

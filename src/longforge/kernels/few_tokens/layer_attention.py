@@ -153,22 +153,25 @@ def _attend_spans(turns, me, m, layer, c, layout, r, spans, parts):
     at, scores = np.empty(CHUNK, np.int64), np.empty(per_group * CHUNK, f32)
     state, every = np.empty((2, per_group), f32), np.empty(0, np.int32)
     k, v = flat_view(layer.k_cache, c), flat_view(layer.v_cache, c)
-    u = take(turns, me, n * groups * spans)
+    u = take(turns, me, n * spans)
     while u >= 0:
-        i, g, s = u // (groups * spans), u // spans % groups, u % spans
+        i, s = u // spans, u % spans
         first, size, count = spans_of(positions[i], layer.window, m.block_size)
         if s < count:
             begin = first + s * size
             end = min(begin + size, positions[i] // m.block_size + 1)
-            attend(
-                r.projected.reshape(-1), i * r.projected.shape[1] + g * per_group * dim, per_group, dim, k,
-                v, groups * dim, g * dim, m.block_size, table[paths[i]], every, begin, end - begin,
-                positions[i], layer.window, at, scores, state, parts, u * per_group * dim,
-            )  # fmt: skip
-            for h in range(per_group):
-                parts[sums + (u * per_group + h) * 2] = state[0, h]
-                parts[sums + (u * per_group + h) * 2 + 1] = state[1, h]
-        u = take(turns, me, n * groups * spans)
+            # Groups one after the other: what the first reads has brought the others' keys nearer.
+            for g in range(groups):
+                head = (i * groups + g) * spans + s
+                attend(
+                    r.projected.reshape(-1), i * r.projected.shape[1] + g * per_group * dim, per_group, dim,
+                    k, v, groups * dim, g * dim, m.block_size, table[paths[i]], every, begin, end - begin,
+                    positions[i], layer.window, at, scores, state, parts, head * per_group * dim,
+                )  # fmt: skip
+                for h in range(per_group):
+                    parts[sums + (head * per_group + h) * 2] = state[0, h]
+                    parts[sums + (head * per_group + h) * 2 + 1] = state[1, h]
+        u = take(turns, me, n * spans)
     _merge(turns, me, m, layer, positions, r, spans, parts)
 
 

@@ -18,6 +18,7 @@ LAYER = np.dtype(
     [
         (name, np.int64)
         for name in (
+            "number",  # among the layers
             "mixer",
             "window",  # positions a query sees; the greatest number where it sees all
             "sparse_number",  # which of the sparse layers, -1 for others

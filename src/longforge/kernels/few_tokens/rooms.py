@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Rooms", "pad", "rooms_for"]
+from longforge.kernels.few_tokens.vectors import borrowed
+from longforge.kernels.numba_host import compiled
+
+__all__ = ["Rooms", "borrowed_rooms", "pad", "rooms_for"]
 
 
 class Rooms(NamedTuple):
@@ -43,15 +46,28 @@ class Rooms(NamedTuple):
     shared_rows: Any
     """int64 [T], the number of each token's last feed-forward row."""
     experts: Any
-    """int64 [E + 1]: the experts that have tokens, ascending; their count at the end."""
+    """int64 [L, E + 1] for each layer: the experts that have tokens, ascending; their count at the end.
+    A layer has its own, because a thread that comes late counts the units of phases that are long done."""
     starts: Any
-    """int64 [E + 1], where each of these experts' tokens begin in the two below."""
+    """int64 [L, E + 1], where each of these experts' tokens begin in the two below."""
     of: Any
-    """int64 [T chosen], tokens by expert."""
+    """int64 [L, T chosen], tokens by expert."""
     to: Any
-    """int64 [T chosen], their feed-forward rows."""
+    """int64 [L, T chosen], their feed-forward rows."""
     blocks: Any
     """int32 [sparse layers, T, Hkv, K], the selections."""
+
+
+@compiled()
+def borrowed_rooms(r):
+    """The same without owners, see `borrowed`."""
+    return Rooms(
+        borrowed(r.x), borrowed(r.normed), borrowed(r.pair), borrowed(r.projected), borrowed(r.attended),
+        borrowed(r.delta), borrowed(r.gate_up), borrowed(r.active), borrowed(r.expert_rows),
+        borrowed(r.weights), borrowed(r.cos), borrowed(r.sin), borrowed(r.choices), borrowed(r.numbers),
+        borrowed(r.shared_rows), borrowed(r.experts), borrowed(r.starts), borrowed(r.of), borrowed(r.to),
+        borrowed(r.blocks),
+    )  # fmt: skip
 
 
 def pad(n: int) -> int:
@@ -59,7 +75,7 @@ def pad(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def rooms_for(m: np.ndarray, tokens: int, experts: int, sparse_layers: int) -> Rooms:
+def rooms_for(m: np.ndarray, tokens: int, experts: int, layers: int, sparse_layers: int) -> Rooms:
     """m: a MODEL record array of one element."""
     (d, heads, groups, dim, chosen, widest) = (
         int(m[name][0]) for name in ("hidden", "heads", "kv_heads", "head_dim", "chosen", "widest")
@@ -90,9 +106,9 @@ def rooms_for(m: np.ndarray, tokens: int, experts: int, sparse_layers: int) -> R
         choices=counts(tokens, chosen),
         numbers=np.arange(tokens),
         shared_rows=np.arange(tokens) * (chosen + 1) + chosen,
-        experts=counts(experts + 1),
-        starts=counts(experts + 1),
-        of=counts(tokens * chosen),
-        to=counts(tokens * chosen),
+        experts=counts(layers, experts + 1),
+        starts=counts(layers, experts + 1),
+        of=counts(layers, tokens * chosen),
+        to=counts(layers, tokens * chosen),
         blocks=np.full((sparse_layers, tokens, groups, max(1, int(m["top_k"][0]))), -1, np.int32),
     )

@@ -5,7 +5,7 @@ from longforge.kernels.numba_host import compiled
 
 __all__ = ["multiply_slice", "slice_rows", "slices"]
 
-UNIT = 12288
+UNIT = 65536
 """Multiply-adds of a unit, about: long against taking it, short against a phase."""
 
 

@@ -7,10 +7,11 @@ from longforge.kernels.few_tokens.experts import down_unit, down_units, gate_up_
 from longforge.kernels.few_tokens.layer_attention import attend_phases, write_phase
 from longforge.kernels.few_tokens.products import multiply_rows
 from longforge.kernels.few_tokens.records import LAYER, MODEL
+from longforge.kernels.few_tokens.rooms import borrowed_rooms
 from longforge.kernels.few_tokens.rows import add_experts, add_row, angles, choose_experts, norm, read_row
 from longforge.kernels.few_tokens.slices import multiply_slice, slices
 from longforge.kernels.few_tokens.turns import take
-from longforge.kernels.few_tokens.vectors import flat_view
+from longforge.kernels.few_tokens.vectors import borrowed, flat_view
 from longforge.kernels.numba_host import compiled
 
 __all__ = ["PHASES_OF_LAYER", "PHASES_OF_STEP", "head", "head_alone", "step", "step_alone"]
@@ -53,23 +54,26 @@ def step_alone(module, model, layers, scales, w, c, ids, layout, hidden, r, span
 
 @compiled(error_model="numpy")
 def _work(
-    t, module, model, layers_at, scales, w, c, ids, layout, hidden, r, spans, maxima, parts, turns, out
+    t, module, model, layers_at, scales, w, c, ids, layout, hidden, rooms, spans, maxima, parts, turns, out
 ):
     m, layers, me = flat_view(model, MODELS)[0], flat_view(layers_at, LAYERS), np.zeros(4, np.int64)
+    r, scales, ids, hidden = borrowed_rooms(rooms), borrowed(scales), borrowed(ids), borrowed(hidden)
+    maxima, parts, turns, out = borrowed(maxima), borrowed(parts), borrowed(turns), borrowed(out)
+    places = borrowed(layout[0]), borrowed(layout[1]), borrowed(layout[2]), borrowed(layout[3])
     me[0] = t
     first = 0 if module < 0 else m.layers + module
     end = m.layers if module < 0 else first + 1
     if module < 0:
-        _embed(turns, me, m, layers[0], scales, w, ids, layout[0], r)
+        _embed(turns, me, m, layers[0], scales, w, ids, places[0], r)
     else:
-        _combine(turns, me, m, layers[first], scales, w, ids, layout[0], hidden, r)
-    for l in range(first, end):
-        layer = layers[l]
-        write_phase(turns, me, m, layer, scales, w, c, layout, r)
-        attend_phases(turns, me, m, layer, w, c, layout, r, spans, maxima, parts)
+        _combine(turns, me, m, layers[first], scales, w, ids, places[0], hidden, r)
+    for number in range(first, end):
+        layer = layers[number]
+        write_phase(turns, me, m, layer, scales, w, c, places, r)
+        attend_phases(turns, me, m, layer, w, c, places, r, spans, maxima, parts)
         _feed_forward(turns, me, m, layer, scales, w, len(ids), r)
-        if l + 1 < end:
-            _finish(turns, me, m, layer, scales, layers[l + 1].input_norm, len(ids), r, r.normed)
+        if number + 1 < end:
+            _finish(turns, me, m, layer, scales, layers[number + 1].input_norm, len(ids), r, r.normed)
         else:
             last = m.final_norm if module < 0 else layer.final_norm
             _finish(turns, me, m, layer, scales, last, len(ids), r, out)
@@ -126,7 +130,7 @@ def _feed_forward(turns, me, m, layer, scales, w, n, r):
     if layer.experts:
         u = take(turns, me, 1)
         while u >= 0:
-            plan(r, n, m.chosen)
+            plan(layer, r, n, m.chosen)
             u = take(turns, me, 1)
     units = gate_up_units(m, layer, r, n)
     u = take(turns, me, units)

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-__all__ = ["LANES", "dots_of_keys", "dots_of_rows", "flat_view", "weighted_sums"]
+__all__ = ["LANES", "borrowed", "dots_of_keys", "dots_of_rows", "flat_view", "weighted_sums"]
 
 intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
 
@@ -44,6 +44,20 @@ def flat_view(typingctx, address, kind):
         return array._getvalue()
 
     return result(types.int64, kind), codegen
+
+
+@intrinsic
+def borrowed(typingctx, array):
+    """The same array without its owner: passing it about counts no references, which threads would fight
+    over. The caller keeps the owner alive."""
+
+    def codegen(context, builder, signature, args):
+        given = context.make_array(array)(context, builder, args[0])
+        given.meminfo = context.get_constant_null(types.MemInfoPointer(types.voidptr))
+        given.parent = context.get_constant_null(types.pyobject)
+        return given._getvalue()
+
+    return array(array), codegen
 
 
 def _data(context, builder, signature, args, i):
