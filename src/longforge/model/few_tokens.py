@@ -33,8 +33,8 @@ __all__ = ["FewTokens"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
-ALONE = 6 << 20
-"""Multiply-adds up to which one thread works alone: about 0.4 ms. Two would save less than a busy machine
+ALONE = 1 << 24
+"""Multiply-adds up to which one thread works alone: about 1 ms. Two would save less than a busy machine
 loses by waiting for the second."""
 
 
