@@ -2,9 +2,11 @@
 
 Decoding runs a token or a few per sequence through the model; there torch spends ten times longer on starting
 operators than on the arithmetic. This is the same forward (`CausalLM.forward_packed` and `MTPModule` are its
-specification) with activations in fp32 whatever the weights' dtype. Each row is computed on its own in a fixed
-order: its bits depend on its path's keys and its position, not on the other rows or their number.
+specification) with activations in fp32 whatever the weights' dtype. Each row is computed on its own in a
+fixed order: its bits depend on its path's keys and its position, not on the other rows or their number.
 """
+
+from typing import Any
 
 import numba
 import numpy as np
@@ -30,14 +32,17 @@ from longforge.model.few_tokens_tables import tables
 __all__ = ["FewTokens"]
 
 DTYPES = (torch.float32, torch.bfloat16)
+CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
 ALONE = 1 << 24
-"""Multiply-adds up to which one thread is as fast as several: a fifth of a millisecond."""
+"""Multiply-adds up to which one thread works alone: about 1 ms. Two would save less than a busy machine
+loses by waiting for the second."""
 
 
 class FewTokens:
     """Steps of up to `max_tokens` tokens through a model over a cache, both used where they are.
 
-    After weights changed, call `refresh()`. Not for two threads at once. A step holds Python's lock.
+    Weights are copied where they are small enough (`few_tokens_tables.ARENA`): after they changed, call
+    `refresh()`. Not for two threads at once. A step holds Python's lock.
     """
 
     def __init__(self, model: CausalLM, cache: KVCache, max_tokens: int = 64) -> None:
@@ -58,7 +63,8 @@ class FewTokens:
         self._head_kind = _kind(model.head_weight.dtype)
         self.refresh()
         sparse = 1 + max(int(n) for n in self._tables.layers["sparse_number"])
-        self._rooms = rooms_for(self._tables.model, max_tokens, model.config.experts, len(self._tables.layers), sparse)
+        layers = len(self._tables.layers)
+        self._rooms = rooms_for(self._tables.model, max_tokens, model.config.experts, layers, sparse)
 
     @staticmethod
     def supports(model: CausalLM) -> bool:
@@ -167,7 +173,7 @@ class FewTokens:
     @staticmethod
     def _threads(work: int) -> int:
         """Threads for this many multiply-adds."""
-        return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if work > ALONE else 1
+        return min(torch.get_num_threads(), CONFIG.NUMBA_NUM_THREADS) if work > ALONE else 1
 
 
 def _kind(dtype: torch.dtype) -> np.ndarray:

@@ -42,7 +42,8 @@ def spans_of(position, window, block_size):
 
 @compiled(error_model="numpy")
 def block_maxima(
-    q, q0, q_row, groups, dim, keys, block_size, pages, positions, begin, end, first, last, top_k, tile, scores, maxima
+    q, q0, q_row, groups, dim, keys, block_size, pages, positions, begin, end, first, last, top_k, tile,
+    scores, maxima,
 ):  # fmt: skip
     """maxima[i, g, b] = max over block b of q . key, for blocks first..last - 1 before the own of each query
     begin..end - 1 of a path that has more than top_k blocks; by the rule of select_blocks/api.py."""
@@ -135,8 +136,8 @@ def attend(
 
 @compiled(error_model="numpy")
 def merge_spans(parts, first, states, step, spans, out):
-    """A head's attention from its spans' sums: span s has them at parts[first + s * step * dim :], its top and
-    sum of weights at parts[states + 2 * s * step :]; out [dim]."""
+    """A head's attention from its spans' sums: span s has them at parts[first + s * step * dim :], its top
+    and sum of weights at parts[states + 2 * s * step :]; out [dim]."""
     dim = out.shape[0]
     top = parts[states]
     for s in range(1, spans):

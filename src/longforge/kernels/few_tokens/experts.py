@@ -61,8 +61,8 @@ def gate_up_unit(unit, m, layer, r, n, w):
         first, step = part * slice_rows(inner, tokens), slice_rows(inner, tokens)
         matrix, start = flat_view(layer.gate_up, w), r.experts[layer.number, a] * 2 * size
         _gate_up(
-            m, r, r.to[layer.number, begin:], r.of[layer.number, begin:], end - begin, matrix, start, size, first,
-            min(size, first + step),
+            m, r, r.to[layer.number, begin:], r.of[layer.number, begin:], end - begin, matrix, start, size,
+            first, min(size, first + step),
         )  # fmt: skip
     else:
         first, size = (unit - active * each) * slice_rows(inner, n), layer.shared_size

@@ -1,4 +1,4 @@
-"""One step of a few tokens through the layers, compiled as one call: the phases, and who does what in them."""
+"""One step of a few tokens through the layers, compiled as one call: the phases, and who does what."""
 
 import numpy as np
 from numba import prange

@@ -1,9 +1,9 @@
 """Dot products and weighted sums of a few vectors as LLVM IR, where the number of vectors changes no bit.
 
 Every dot product is summed in sixteen lanes (lane l takes elements l, l + 16, ...), one fused multiply-add
-after the other, and the lanes are added by halves: l with l + 8, then with l + 4, l + 2, l + 1. Every weighted
-sum goes through its vectors in order. So tiles of different sizes, which share their loads among more
-results, give the same numbers.
+after the other, and the lanes are added by halves: l with l + 8, then with l + 4, l + 2, l + 1. Every
+weighted sum goes through its vectors in order. So tiles of different sizes, which share their loads among
+more results, give the same numbers.
 """
 
 from typing import Any
@@ -104,7 +104,7 @@ def _lane_sums(builder, vectors):
 
 
 def _dots(builder, x, x_at, w, w_at, inner, half):
-    """The sums of x[x_at[t] + i] * w[w_at[r] + i] over i < inner, as lanes t * len(w_at) + r of one vector."""
+    """The sums of x[x_at[t] + i] * w[w_at[r] + i], i < inner, as lanes t * len(w_at) + r of one vector."""
     count = len(x_at) * len(w_at)
     sums = [
         cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [ir.Constant(F32, 0.0)] * LANES))
@@ -187,8 +187,9 @@ def dots_of_keys(keys: int, heads: int):
 
 
 def weighted_sums(heads: int, columns: int):
-    """An intrinsic: out[o + h * o_row + c] += sum over j < count of p[p0 + h * p_row + j] * v[at[j] + v0 + c],
-    in order of j, for h < heads and c < 16 * columns. Arrays are flat; v may hold bf16 bits."""
+    """An intrinsic: out[o + h * o_row + c] += sum over j < count of p[p0 + h * p_row + j] *
+    v[at[j] + v0 + c], in order of j, for h < heads and c < 16 * columns. Arrays are flat; v may hold bf16
+    bits."""
 
     @intrinsic
     def tile(typingctx, out, o, o_row, p, p0, p_row, v, at, v0, count):
