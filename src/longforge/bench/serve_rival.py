@@ -6,10 +6,12 @@ Imports transformers where it is loaded, not with this module.
 """
 
 import itertools
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,9 +52,6 @@ WAYS = tuple(
         ("sdpa", "eager"), ("grouped_mm", "batched_mm", "eager"), ("dynamic", "static")
     )
 )
-COMPILED = tuple(Way("sdpa", experts, "static", True) for experts in ("batched_mm", "grouped_mm"))
-"""torch.compile takes the static cache only, and the first answer of each batch size waits for it long: 30 s
-and more on two cores."""
 
 
 class Rival:
@@ -107,19 +106,26 @@ class Rival:
     def fastest(self, prompts: Sequence[Sequence[int]], tokens: int, count: int, compiled: bool) -> list[Way]:
         """The `count` ways that decode these prompts fastest, by a short trial of each.
 
-        tokens: of an answer; what is compiled is compiled for that length.
+        tokens: of an answer; what is compiled is compiled for that length. compiled: whether the experts that
+        are fastest without are tried compiled as well. torch.compile takes the static cache only, and the
+        first answer waits for it long: 30 s and more on two cores.
         """
-        rates: dict[Way, float] = {}
-        for way in WAYS + (COMPILED if compiled else ()):
-            short, whole = (tokens, tokens) if way.compiled else (2, min(TRIAL_TOKENS, tokens))
-            try:
-                self.generate(prompts, short, way)
-                rates[way] = decode_rate(self.generate(prompts, whole, way).times)
-            except FAILURES:
-                continue
+        rates = {way: rate for way in WAYS if (rate := self._trial(prompts, min(TRIAL_TOKENS, tokens), way))}
         if not rates:
             raise Unusable("no way to generate runs here")
+        if compiled:
+            way = Way("sdpa", max(rates, key=lambda way: rates[way]).experts, "static", compiled=True)
+            rates[way] = self._trial(prompts, tokens, way)
         return sorted(rates, key=lambda way: -rates[way])[:count]
+
+    def _trial(self, prompts: Sequence[Sequence[int]], tokens: int, way: Way) -> float:
+        """Tokens a second of a second answer, the first paying for what is made once; 0 where it fails."""
+        try:
+            with _quiet():
+                self.generate(prompts, tokens if way.compiled else 2, way)
+                return decode_rate(self.generate(prompts, tokens, way).times)
+        except FAILURES:
+            return 0.0
 
     def fastest_prefill(self, prompt: Sequence[int]) -> Way:
         """The way that computes a prompt of this length fastest, by two trials of each."""
@@ -220,22 +226,22 @@ def _language_model(folder: Path, dtype: torch.dtype) -> Any:
     return text
 
 
-class _quiet:
-    """Without transformers' own reports on stderr, for as long as the `with` block lasts."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the reports of transformers and of torch's compiler on stderr."""
+    from transformers.utils import logging as reports
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._before[0])
-        if self._before[1]:
-            logging.enable_progress_bar()
+    bars, disabled = reports.is_progress_bar_enabled(), logging.root.manager.disable
+    reports.disable_progress_bar()
+    logging.disable(logging.CRITICAL)  # some of its loggers are outside of the package's own settings
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

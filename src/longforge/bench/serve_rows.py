@@ -19,7 +19,7 @@ class About:
     def __init__(self, model: str) -> None:
         told = passport()
         self._about: Row = {"model": model, "threads": torch.get_num_threads()}
-        self._about |= {key: told[key] for key in ("device", "cores", "utc", "python", "commit", "dirty")}
+        self._about |= {key: told[key] for key in ("device", "cores", "utc", "commit", "dirty")}
         versions = {name: told["versions"][name] for name in ("longforge", "torch", "numba")}
         self._about["versions"] = versions | {"transformers": _transformers()}
 
