@@ -30,7 +30,7 @@ class ServeOptions:
     """New tokens of each answer."""
     prefill: Sequence[int] = (512, 2048)
     first_token: Sequence[int] = (2048, 102_400)
-    talks: int = 4
+    talks: int = 3
     """Conversations of the speculation rows."""
     rounds: int = 5
     minutes: float | None = None

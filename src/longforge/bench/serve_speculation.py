@@ -19,6 +19,8 @@ __all__ = ["conversation_prompts", "speculation"]
 SEED = 4242
 LONGEST_ANSWER = 200
 DRAFTS = (1, 2, 3)
+MOST_ROUNDS = 3
+"""A round is all turns with each number of drafts: long."""
 
 
 def speculation(s: Setting) -> Iterator[list[Row]]:
@@ -47,7 +49,7 @@ def speculation(s: Setting) -> Iterator[list[Row]]:
         str(drafts): lambda engine=engine: _rate(_talk(engine, prompts, stops))
         for drafts, engine in engines.items()
     }
-    rates = in_turns(runs, s.options.rounds, s.deadline)
+    rates = in_turns(runs, min(MOST_ROUNDS, s.options.rounds), s.deadline)
     yield [
         s.about.row(
             "speculation", "tokens/s", dtype, rates[str(drafts)], "ours, plain", rates["0"],

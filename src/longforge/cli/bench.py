@@ -88,7 +88,7 @@ def serve(
         typer.Option(help="Tokens of prompts to prefill (512, 2k and the context).", show_default=False),
     ] = None,
     first_token: Annotated[str, typer.Option(help="Tokens of prompts for the first token.")] = "2k,100k",
-    talks: Annotated[int, typer.Option(help="Conversations for speculation.")] = 4,
+    talks: Annotated[int, typer.Option(help="Conversations for speculation.")] = 3,
     dtypes: Annotated[
         str, typer.Option(help="fp32, bf16; the first alone where we race ourselves.")
     ] = "fp32,bf16",
