@@ -69,3 +69,58 @@ def attention(
         index_dim=index_dim, block=block, top_k=top_k, chunk=chunk, minutes=minutes, longest=longest,
         json=as_json, out=out, plot=plot,
     )  # fmt: skip
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model folder. Without one, the shipped demo model.", show_default=False),
+    ] = None,
+    measures: Annotated[
+        str, typer.Option(help="What to measure.")
+    ] = "decode,http,speculation,prefill,first-token",
+    batches: Annotated[str, typer.Option(help="Requests at once.")] = "1,16",
+    prompt: Annotated[str, typer.Option(help="Tokens of a prompt that is continued.")] = "96",
+    tokens: Annotated[str, typer.Option(help="New tokens of each answer.")] = "128",
+    prefill: Annotated[
+        str | None,
+        typer.Option(help="Tokens of prompts to prefill (512, 2k and the context).", show_default=False),
+    ] = None,
+    first_token: Annotated[str, typer.Option(help="Tokens of prompts for the first token.")] = "2k,100k",
+    talks: Annotated[int, typer.Option(help="Conversations for speculation.")] = 3,
+    dtypes: Annotated[
+        str, typer.Option(help="fp32, bf16; the first alone where we race ourselves.")
+    ] = "fp32,bf16",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads (default: the cores that are free).", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns that each side gets.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option(help="Let transformers try its compiled step as well, slow to compile.")
+    ] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no new point after this long.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the JSON array here.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Draw both sides' rates (png, svg, pdf).", show_default=False),
+    ] = None,
+) -> None:
+    """Our engine against transformers on the same weights, on this machine's CPU: decode, prefill, and
+    against itself speculation, HTTP and the first token of a cached prompt.
+
+    Refuses to report while greedy answers of the two sides differ. Without transformers, its side is left
+    out.
+    """
+    from longforge.bench.serve_command import serve as run
+
+    run(
+        model, measures=measures, batches=batches, prompt=prompt, tokens=tokens, prefill=prefill,
+        first_token=first_token, talks=talks, dtypes=dtypes, threads=threads, rounds=rounds,
+        compiled=compiled, minutes=minutes, json=as_json, out=out, plot=plot,
+    )  # fmt: skip
