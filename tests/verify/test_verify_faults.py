@@ -25,6 +25,7 @@ from longforge.model import CausalLM
 from longforge.server.anthropic.events import BlockEvents
 from longforge.server.completion import Completion
 from longforge.server.responses.events import ItemEvents
+from longforge.verify import dialects, speculation
 from longforge.verify.check import Check
 from longforge.verify.speculation import CHAIN
 from longforge.verify.subject import Subject, open_subject
@@ -40,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def subject(folder: Path) -> Subject:
+def subject(folder: Path, monkeypatch: Patch) -> Subject:
+    monkeypatch.setattr(dialects, "ANSWER", 10)  # quick
+    monkeypatch.setattr(speculation, "ANSWER", 8)
     return open_subject(folder, "cpu", "float32")
 
 
@@ -56,7 +59,14 @@ def wrap(patch: Patch, owner: Any, name: str, make: Callable[[Any], Any]) -> Non
 
 
 def wrong_page(patch: Patch) -> None:
-    wrap(patch, PrefixCache, "find", lambda find: lambda *given: find(*given)[::-1])
+    def make(find: Any) -> Any:
+        def broken(*given: Any) -> list[int]:
+            pages = find(*given)
+            return [pages[-1], *pages[1:]] if pages else pages
+
+        return broken
+
+    wrap(patch, PrefixCache, "find", make)
 
 
 def any_tenant(patch: Patch) -> None:

@@ -25,7 +25,8 @@ def cache_on_equals_cache_off(subject: Subject) -> Check:
             asked.append(request(f"{kind} after {shared} shared tokens", base[:shared] + tail, params))
     asked.append(request("the same prompt again", base, greedy(ANSWER)))
     stranger = request("another tenant", base, greedy(ANSWER), tenant="another")
-    pages = RUNNING * (subject.deep + 4) + len(asked) * 3
+    talk = subject.prompt(4 * ANSWER)
+    pages = RUNNING * (subject.deep + 4) + len(asked) * 3 + len(talk) // block
     found = Comparison(subject)
     with (
         subject.engine(pages=pages, max_running=RUNNING, prefix_cache=True) as hot,
@@ -41,13 +42,14 @@ def cache_on_equals_cache_off(subject: Subject) -> Check:
             found.expect(told == expected, f"{one.id}: {told} tokens found in the cache, not {expected}")
         told = run(hot, [stranger])[stranger.id][0].cached_tokens
         found.expect(told == 0, f"another tenant found {told} tokens of the first one's")
-        hits = hot.stats().prefix_hit_tokens + _next_turn(subject, found, hot, cold)
+        hits = hot.stats().prefix_hit_tokens + _next_turn(subject, found, hot, cold, talk)
     return found.verdict("cache_on_equals_cache_off", f"{hits} prompt tokens came from the cache")
 
 
-def _next_turn(subject: Subject, found: Comparison, hot: Engine, cold: Engine) -> int:
+def _next_turn(
+    subject: Subject, found: Comparison, hot: Engine, cold: Engine, prompt: tuple[int, ...]
+) -> int:
     """A conversation whose last answer is part of the next prompt. Returns how many tokens were found."""
-    prompt = subject.prompt(4 * ANSWER)
     turn = [request("first turn", prompt, greedy(ANSWER))]
     answer: list[TokenEvent] = run(hot, turn)["first turn"]
     again = [request("next turn", prompt + ids(answer) + subject.tokens(3, 7), greedy(ANSWER))]

@@ -14,6 +14,7 @@ A greedy tie: the logits of the two tokens differ by at most twice the noise. A 
 draw is that close to the border between the two tokens in the distribution that it is looked up in.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -130,9 +131,10 @@ class Comparison:
 
 
 def _difference(one: TokenEvent, two: TokenEvent) -> float:
-    """The largest difference between log-probabilities that both places tell."""
+    """The largest difference between log-probabilities that both places tell; infinite if one is no number."""
     first, second = _told(one), _told(two)
-    return max((abs(first[token] - second[token]) for token in first.keys() & second.keys()), default=0.0)
+    apart = [abs(first[token] - second[token]) for token in first.keys() & second.keys()]
+    return math.inf if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 def _gap(one: TokenEvent, two: TokenEvent) -> float:

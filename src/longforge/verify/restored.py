@@ -16,6 +16,8 @@ ANSWER = 5
 """Tokens of an answer."""
 BLOCKS = 3
 """Pages that the prompts share."""
+POOL = BLOCKS + 4
+"""Pages of an engine with a tier."""
 
 
 def tiers_equal_memory(subject: Subject) -> Check:
@@ -32,11 +34,11 @@ def tiers_equal_memory(subject: Subject) -> Check:
     with tempfile.TemporaryDirectory(prefix="longforge-verify-") as name:
         folder = Path(name) / "pages"
         _write(subject, folder, base)
+        records = sorted(path for path in folder.rglob("*") if path.is_file() and len(path.name) == 64)
+        found.expect(len(records) == BLOCKS, f"{len(records)} pages were written, not {BLOCKS}")
         for one in asked:
             stats = _read(subject, found, folder, [one], expected, BLOCKS * block)
             found.expect(stats.hits == BLOCKS, f"{one.id}: {stats.hits} of {BLOCKS} pages were restored")
-        records = sorted(path for path in folder.rglob("*") if path.is_file() and len(path.name) == 64)
-        found.expect(len(records) == BLOCKS, f"{len(records)} pages were written, not {BLOCKS}")
         if records:
             _damage(records[0])
             stats = _read(subject, found, folder, asked[:1], expected, None)
@@ -47,9 +49,9 @@ def tiers_equal_memory(subject: Subject) -> Check:
 def _write(subject: Subject, folder: Path, base: tuple[int, ...]) -> None:
     """Lets an engine compute the pages of `base` and lose them from its pool."""
     settings = TierSettings(folder=folder)
-    with subject.engine(pages=BLOCKS + 2, prefix_cache=True, tiers=settings) as engine:
+    with subject.engine(pages=POOL, prefix_cache=True, tiers=settings) as engine:
         run(engine, [request("first", base, greedy(1))])
-        other = subject.tokens((BLOCKS + 1) * subject.block, 44)
+        other = subject.tokens((POOL - 1) * subject.block, 44)
         run(engine, [request("pushes out", other, greedy(1), cache=False)])
 
 
@@ -58,7 +60,7 @@ def _read(
 ) -> TierStats:
     """Lets a fresh engine answer from the files. tokens: how many it should find there, if that is known."""
     settings = TierSettings(folder=folder)
-    with subject.engine(pages=BLOCKS + 2, prefix_cache=True, tiers=settings) as engine:
+    with subject.engine(pages=POOL, prefix_cache=True, tiers=settings) as engine:
         answers = run(engine, asked)
         found.same(asked, answers, expected)
         told = answers[asked[0].id][0].cached_tokens
