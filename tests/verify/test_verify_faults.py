@@ -174,7 +174,7 @@ def lost_page(patch: Patch) -> None:
     def make(release: Any) -> Any:
         def broken(self: PrefixCache, pages: Iterable[int]) -> None:
             kept = list(pages)
-            if len(kept) > 1 and not vars(self).get("lost"):
+            if kept and not self.pool.cached[kept[-1]] and not vars(self).get("lost"):
                 vars(self)["lost"] = True
                 kept.pop()
             release(self, kept)

@@ -131,7 +131,7 @@ class Comparison:
 
 
 def _difference(one: TokenEvent, two: TokenEvent) -> float:
-    """The largest difference between log-probabilities that both places tell; infinite if one is no number."""
+    """The largest difference of log-probabilities that both places tell; infinite if one is no number."""
     first, second = _told(one), _told(two)
     apart = [abs(first[token] - second[token]) for token in first.keys() & second.keys()]
     return math.inf if any(map(math.isnan, apart)) else max(apart, default=0.0)
