@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from longforge.cli import main
 from longforge.errors import CheckpointError, InputError
-from longforge.verify.subject import open_subject
+from longforge.verify import verification
+from longforge.verify.check import Check
+from longforge.verify.subject import Subject, open_subject
 from longforge.verify.verification import CHECKS
+from small_model import write_small_checkpoint
 
 COMMAND = [sys.executable, "-m", "longforge.cli", "verify"]
 
@@ -39,6 +43,30 @@ def test_ctrl_c_ends_it_with_130_and_without_a_trace():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_a_failed_check_ends_it_with_1_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def some_check(subject: Subject) -> Check:
+        return Check("some_check", False, f"{subject.name}: 3 and 4 differ")
+
+    folder = write_small_checkpoint(tmp_path / "small")
+    monkeypatch.setattr(verification, "CHECKS", (verification.selection_is_exact, some_check))
+    for rest in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["longforge", "verify", str(folder), *rest])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        told = capsys.readouterr()
+        if rest:
+            document = json.loads(told.out)
+            assert [check["passed"] for check in document["checks"]] == [True, False]
+            assert document["passed"] is False and len(told.err.splitlines()) == 2
+        else:
+            first, second, last = told.out.splitlines()
+            assert first.startswith("ok") and second.startswith("FAIL") and not told.err
+            assert "small: 3 and 4 differ" in second and last == "failed: some_check"
 
 
 def test_a_mistake_of_the_user_is_one_line(tmp_path: Path):
