@@ -43,6 +43,7 @@ def test_the_check_itself_sees_a_heavy_package() -> None:
         ["--help"],
         ["serve", "--help"],
         ["doctor", "--help"],
+        ["verify", "--help"],
         ["forge", "run", "--help"],
         ["bench", "attention", "--help"],
     ],

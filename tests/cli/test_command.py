@@ -34,7 +34,7 @@ def test_help_names_the_verbs_and_takes_little_time():
             after.children_user + after.children_system - before.children_user - before.children_system
         )
     assert min(times) < 0.5
-    for verb in ("chat", "serve", "info", "doctor", "train", "forge", "bench"):
+    for verb in ("chat", "serve", "info", "doctor", "verify", "train", "forge", "bench"):
         assert f"\n  {verb} " in done.stdout
 
 

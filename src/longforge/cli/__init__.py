@@ -1,7 +1,7 @@
 """The command. One file per verb or group of verbs; whatever is heavy is imported inside the verb.
 
-Exit codes: 0 done, 1 the doctor found a fault, 2 a mistake of the user (one line on stderr), 130 Ctrl-C;
-anything else is a bug.
+Exit codes: 0 done, 1 the doctor or `verify` found a fault, 2 a mistake of the user (one line on stderr),
+130 Ctrl-C; anything else is a bug.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from longforge import __version__
-from longforge.cli import bench, chat, doctor, forge, info, serve, train
+from longforge.cli import bench, chat, doctor, forge, info, serve, train, verify
 from longforge.errors import LongforgeError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.add_typer(train.app, name="train")
 app.add_typer(forge.app, name="forge")
 app.add_typer(bench.app, name="bench")
