@@ -185,7 +185,7 @@ def crowd(seed: int, count: int, tenants: tuple[str, ...]) -> list[Client]:
             if path in (CHAT, COMPLETIONS):
                 asked["priority"] = draws.randrange(-3, 4)
             if manner == "slow":
-                path, asked = COMPLETIONS, {"model": "small", "prompt": [1, number], "temperature": 0}
+                path, asked = COMPLETIONS, {"model": "small", "prompt": [1, number % 280], "temperature": 0}
                 asked |= {"max_tokens": 60, "ignore_eos": True, "logprobs": 20, "stream": True}
             if manner == "leaves" and path == COMPLETIONS:
                 asked["max_tokens"] = 700
