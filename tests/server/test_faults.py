@@ -2,13 +2,9 @@
 
 import asyncio
 import json
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -18,6 +14,7 @@ from longforge.engine import Engine
 from longforge.engine.grammar import Matcher
 from longforge.errors import InputError
 from longforge.model import CausalLM
+from serve_process import longforge_serve
 from small_model import small_model, small_tokenizer, write_small_checkpoint
 from small_server import HTTP
 
@@ -166,8 +163,7 @@ def test_a_bug_in_the_engine_is_told_to_everyone_who_waits_and_to_probes():
         assert HTTP.get(url + "/metrics").status_code == 200
 
 
-FAILING_SERVER = """
-import sys
+FAILING = """
 from longforge.engine import Engine
 step, left = Engine.step, [40]
 def failing(self):
@@ -176,36 +172,16 @@ def failing(self):
         raise ZeroDivisionError
     return step(self)
 Engine.step = failing
-from longforge.cli import main
-main()
 """
 
 
 def test_a_server_whose_engine_failed_ends_with_a_code_of_its_own(tmp_path: Path):
     folder = write_small_checkpoint(tmp_path / "small", max_positions=8192)
-    command = [sys.executable, "-c", FAILING_SERVER, "serve", str(folder), "--name", "small", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--threads", "1", "--pages", "300"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        url = next(word for line in process.stdout for word in line.split() if word.startswith("http://"))
-        drain = threading.Thread(target=process.stdout.read)
-        drain.start()
-        reply = httpx.post(
-            f"{url}/completions", json=FINE | {"max_tokens": 1000}, timeout=120, trust_env=False
-        )
+    with longforge_serve(folder, before=FAILING) as (process, url):
+        reply = HTTP.post(url + COMPLETIONS, json=FINE | {"max_tokens": 1000})
         assert reply.status_code == 503 and "it has failed" in reply.json()["error"]["message"]
         assert process.wait(60) == 70
         assert process.stderr is not None
         errors = process.stderr.read()
-        drain.join()
-    finally:
-        process.kill()
-        process.wait()
     assert "ZeroDivisionError" in errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("longforge: engine: it has failed"), last
+    assert errors.splitlines()[-1].startswith("longforge: engine: it has failed")
