@@ -5,19 +5,36 @@ import gc
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from load_clients import Client, crowd, said
 from load_server import TENANTS, descriptors, eventually, idle, python_threads, resident_bytes, serving
+from longforge.engine.draft_length import DraftCosts
+from longforge.engine.page_mover import TierSettings
+from longforge.server.engine_loop import EngineLoop
 
+FREE = DraftCosts(rows=(1, 64), step=(1.0, 1.0), draft=(0.0, 0.0))
 GROWTH = 300 * 2**20
 """Bytes by which the whole process, clients included, may grow."""
 
 
-async def _all_at_once(clients: list[Client], port: int) -> None:
+async def _all_at_once(clients: list[Client], loop: EngineLoop, port: int) -> None:
+    """An operator is at work, too."""
+    operator = asyncio.create_task(_operate(loop, port))
     await asyncio.gather(*(client.ask(port) for client in clients))
+    operator.cancel()
+
+
+async def _operate(loop: EngineLoop, port: int) -> None:
+    while True:
+        for path in ("/pause", "/reset_prefix_cache", "/resume"):
+            asked = Client(path, b"", "admin", "polite")
+            await asked.ask(port)
+            assert asked.status == 200 or path == "/reset_prefix_cache", asked.reply
+        await asyncio.sleep(0.2)
 
 
 def _key(client: Client) -> str:
@@ -44,15 +61,16 @@ def _answers_alone(clients: list[Client]) -> dict[str, tuple[str, str]]:
     return alone
 
 
-def _abuse(seed: int, count: int, caplog: Any) -> None:
+def _abuse(seed: int, count: int, caplog: Any, **sizes: Any) -> None:
     clients = crowd(seed, count, TENANTS)
     served = [client for client in clients if client.manner in ("polite", "slow")]
     expected = _answers_alone(served)
     gc.collect()
     threads, files, memory = python_threads(), descriptors(), resident_bytes()
-    with serving(tenants=TENANTS, pages=420, max_running=12, max_batch_tokens=128) as (loop, url):
+    sizes = {"pages": 420, "max_running": 12, "max_batch_tokens": 128} | sizes
+    with serving(tenants=(*TENANTS, "admin"), **sizes) as (loop, url):
         logging.getLogger("uvicorn").addHandler(caplog.handler)  # it does not propagate
-        asyncio.run(_all_at_once(clients, int(url.rpartition(":")[2])))
+        asyncio.run(_all_at_once(clients, loop, int(url.rpartition(":")[2])))
         assert eventually(lambda: idle(loop)), loop.stats()
         loop.engine.check_pages()
         assert loop.failure is None and loop.page_check_failures == 0
@@ -74,6 +92,12 @@ def _abuse(seed: int, count: int, caplog: Any) -> None:
 
 def test_a_hundred_clients_of_every_kind(caplog: Any):
     _abuse(1, 100, caplog)
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_with_drafts_and_slower_tiers(caplog: Any, tmp_path: Path):
+    tiers = TierSettings(2**20, tmp_path / "pages")
+    _abuse(4, 100, caplog, drafts=2, draft_costs=FREE, tiers=tiers, pages=280)
 
 
 @pytest.mark.slow
