@@ -136,7 +136,7 @@ class EngineLoop:
             if self._generations.pop(name, None) is not None:
                 self.engine.cancel(name)
 
-        if not generation._ended:
+        if not generation.ended:
             with contextlib.suppress(EngineError):  # the engine has stopped: nothing is left to cancel
                 self._command(cancel)
 
@@ -148,6 +148,18 @@ class EngineLoop:
         """Goes on after `pause`."""
         self._paused = False
         self._wake.set()
+
+    async def abort(self) -> None:
+        """Ends every open request with an EngineError, between two steps."""
+
+        def cancel_all() -> None:
+            aborted, self._generations = list(self._generations.values()), {}
+            for generation in aborted:
+                self.engine.cancel(generation.request.id)
+                generation.fail(EngineError("engine: the operator has paused it and ended open requests"))
+            self._announce(aborted)
+
+        await asyncio.wrap_future(self._command(cancel_all))
 
     @property
     def paused(self) -> bool:
@@ -203,8 +215,7 @@ class EngineLoop:
         future: Future[None] = Future()
         with self._lock:
             if self._closed is not None:
-                # One of its own: a traceback grows with each time that an error is raised.
-                raise EngineError(*self._closed.args)
+                raise EngineError(*self._closed.args)  # a new one: a traceback grows with each raise
             self._commands.append((action, future))
         self._wake.set()
         return future
@@ -251,7 +262,7 @@ class EngineLoop:
         error = submitted.exception()
         if error is not None:
             assert isinstance(error, LongforgeError), "commands fail on purpose or as EngineError"
-            generation._error = error
+            generation.fail(error)
             self._announce([generation])
 
     def _deliver(self, events: Sequence[TokenEvent | RequestFailed]) -> None:
@@ -259,18 +270,10 @@ class EngineLoop:
         now = time.perf_counter()
         for event in events:
             generation = self._generations[event.request_id]
-            if isinstance(event, RequestFailed):
-                generation._error = event.error
-                generation._ended = True
+            generation.take(event, now)
+            if generation.ended:
                 del self._generations[event.request_id]
-                news.append(generation)
-                continue
-            generation._events.append(event)
-            generation.arrivals.append(now)
-            if event.stop_reason is not None:
-                generation._ended = True
-                del self._generations[event.request_id]
-            if generation.eager or generation._ended:
+            if generation.eager or generation.ended:
                 news.append(generation)
         if news:
             self._announce(news)
@@ -283,7 +286,7 @@ class EngineLoop:
         for future in left:
             future.set_exception(error)
         for generation in self._generations.values():
-            generation._error = error
+            generation.fail(error)
         self._announce(list(self._generations.values()))
 
     def _announce(self, generations: list[Generation]) -> None:
@@ -293,4 +296,4 @@ class EngineLoop:
 
 def _wake_readers(generations: list[Generation]) -> None:
     for generation in generations:
-        generation._news.set()
+        generation.wake()

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 
-from longforge.engine import GenerationRequest, TokenEvent
+from longforge.engine import GenerationRequest, RequestFailed, TokenEvent
 from longforge.errors import LongforgeError
 
 __all__ = ["Generation"]
@@ -27,7 +27,26 @@ class Generation:
         self._events: deque[TokenEvent] = deque()
         self._news = asyncio.Event()
         self._error: LongforgeError | None = None
-        self._ended = False
+        self.ended = False
+        """Whether nothing more comes from the engine."""
+
+    def take(self, event: TokenEvent | RequestFailed, now: float) -> None:
+        """What came of a step, at `now` of `time.perf_counter`. For the engine's thread."""
+        if isinstance(event, RequestFailed):
+            self.fail(event.error)
+            return
+        self._events.append(event)
+        self.arrivals.append(now)
+        self.ended = event.stop_reason is not None
+
+    def fail(self, error: LongforgeError) -> None:
+        """It ends here. For the engine's thread."""
+        self._error = error
+        self.ended = True
+
+    def wake(self) -> None:
+        """Lets its reader look. For the asyncio loop."""
+        self._news.set()
 
     async def batches(self) -> AsyncIterator[list[TokenEvent]]:
         """What has come since the last time, until the token with a stop reason.
