@@ -47,11 +47,13 @@ class InputError(LongforgeError):
 class ContextOverflow(InputError):
     """A prompt (plus what it asks to generate) is longer than the model's context."""
 
-    def __init__(self, prompt_tokens: int, context: int) -> None:
+    def __init__(self, prompt_tokens: int, context: int, *, at_least: bool = False) -> None:
+        """at_least: the tokens were not counted, there are so many or more."""
         self.prompt_tokens = prompt_tokens
         self.context = context
+        got = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
         super().__init__(
-            f"prompt: at most {context} tokens fit the context, got {prompt_tokens}; shorten the conversation"
+            f"prompt: at most {context} tokens fit the context, got {got}; shorten the conversation"
         )
 
 

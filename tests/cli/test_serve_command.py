@@ -10,11 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from longforge.model import CausalLM
+from small_model import small_config, small_tokenizer
 from small_server import HTTP
 
 
@@ -96,10 +99,38 @@ def test_the_curl_line_it_prints_works(folder: Path):
         (["--dtype", "float16"], "dtype: expected auto, bfloat16 or float32, got 'float16'"),
         (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "cuda:99"], "got 'cuda:99'"),
+        (["--host-cache", "1e9"], "host cache: expected at most"),
+        (["--file-cache", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
-def test_a_device_or_dtype_that_is_not_there_is_one_line(folder: Path, options: list[str], said: str):
+def test_what_is_not_there_is_one_line(folder: Path, options: list[str], said: str):
     command = [sys.executable, "-m", "longforge.cli", "serve", str(folder), "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_drafts_need_a_model_that_can_guess(tmp_path: Path):
+    config = replace(small_config(), mtp_modules=0)
+    CausalLM(config).save_pretrained(tmp_path)
+    small_tokenizer().save(tmp_path)
+    command = [sys.executable, "-m", "longforge.cli", "serve", str(tmp_path), "--port", "0", "--drafts", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "drafts: expected a model with an MTP module to guess with, it has none" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_drafts_and_tiers_are_told_and_at_work(folder: Path, tmp_path: Path):
+    options = ("--drafts", "2", "--host-cache", "0.5", "--file-cache", str(tmp_path / "pages"))
+    with serve_process(folder, *options, "--file-cache-gib", "1") as (process, url):
+        assert process.stdout is not None
+        active = next(line for line in process.stdout if line.startswith("  active"))
+        assert "MTP speculation (2 drafted)" in active
+        assert "tiers (host memory 0.5 GiB, files 1 GiB)" in active
+        body = {"model": folder.name, "prompt": [1] * 400, "max_tokens": 30, "ignore_eos": True}
+        assert HTTP.post(f"{url}/completions", json=body).status_code == 200
+        figures = HTTP.get(url.replace("/v1", "/metrics")).text
+        assert f'longforge:tier_stored_total{{model_name="{folder.name}",tier="host"}} ' in figures
+        assert f'longforge:tier_bytes{{model_name="{folder.name}",tier="files"}} ' in figures
+        assert f'vllm:spec_decode_num_drafts_total{{model_name="{folder.name}"}} 0.0' not in figures

@@ -1,18 +1,15 @@
 """A real `longforge serve` and a signal: what is open ends as it should, and so does the process."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from serve_process import longforge_serve
 from small_model import write_small_checkpoint
 from small_server import HTTP
 
@@ -22,25 +19,6 @@ LONG = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 4000, "stream": Tru
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_checkpoint(tmp_path_factory.mktemp("model") / "small", max_positions=8192)
-
-
-@contextmanager
-def longforge_serve(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "longforge.cli", "serve", str(folder), "--name", "small", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--threads", "1", "--pages", "2100", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "LONGFORGE_API_KEY": ""},
-    )
-    try:
-        assert process.stdout is not None
-        url = next(word for line in process.stdout for word in line.split() if word.startswith("http://"))
-        yield process, url.rstrip("/").removesuffix("/v1")
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def events(lines: Iterator[str]) -> list[Any]:

@@ -1,5 +1,6 @@
 """More than the server takes: refused at once, told when to come again, and nobody else is hurt."""
 
+import concurrent.futures
 import socket
 import time
 from collections.abc import Callable
@@ -106,6 +107,27 @@ def test_pausing_holds_an_answer_and_resuming_goes_on():
             assert loop.stats().generated_tokens == 0
             assert HTTP.post(f"{running.url}/resume").json() == {"is_paused": False}
             assert [line for line in reply.iter_lines() if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_pausing_may_end_what_is_open(stream: bool):
+    loop, running = server()
+    with running, concurrent.futures.ThreadPoolExecutor() as pool:
+        body = LONG | {"stream": stream}
+        asked = [pool.submit(HTTP.post, f"{running.url}/v1/completions", json=body) for _ in range(4)]
+        assert eventually(lambda: loop.stats().running == 2 and loop.stats().waiting == 2)
+        assert HTTP.post(f"{running.url}/pause?mode=abort").json() == {"is_paused": True}
+        for reply in asked:
+            assert "ended open requests" in reply.result().text
+            assert reply.result().status_code == (200 if stream else 503)
+        assert eventually(lambda: loop.open_requests == 0)
+        stats = loop.stats()
+        assert (stats.running, stats.waiting, stats.free_pages + stats.cached_pages) == (0, 0, stats.pages)
+        later = pool.submit(HTTP.post, f"{running.url}/v1/completions", json=LONG | {"max_tokens": 2})
+        assert eventually(lambda: loop.open_requests == 1)
+        HTTP.post(f"{running.url}/resume")
+        assert later.result().status_code == 200
+        assert HTTP.post(f"{running.url}/pause?mode=soon").status_code == 400
 
 
 def test_the_cache_can_be_emptied(served: Any):

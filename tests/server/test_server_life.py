@@ -101,7 +101,8 @@ def test_new_weights_are_active_when_the_answer_comes(tmp_path: Path):
 
 
 def test_weights_that_do_not_fit_change_nothing(served: Any, tmp_path: Path):
-    other = write_small_checkpoint(tmp_path / "other", max_positions=64)
+    other = tmp_path / "other"
+    small_model("sliding", max_positions=1024).save_pretrained(other)
     version = served.loop.engine.version
     head = served.model.lm_head.weight.clone()
     for path, number, status in [

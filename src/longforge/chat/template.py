@@ -61,11 +61,17 @@ def encode_prompt(
     family: Family = "m3",
     thinking: ThinkingMode = "adaptive",
     add_generation_prompt: bool = True,
+    context: int | None = None,
 ) -> list[int]:
-    """Token ids of the prompt. Data is encoded without special tokens, whatever it spells."""
+    """Token ids of the prompt. Data is encoded without special tokens, whatever it spells.
+
+    context: most tokens that are of use; what is longer for sure is a ContextOverflow and not encoded.
+    """
     pieces = render_pieces(
         messages, tools, family=family, thinking=thinking, add_generation_prompt=add_generation_prompt
     )
+    if context is not None:
+        tokenizer.check_fits((piece.text for piece in pieces), context)
     return [i for piece in pieces for i in tokenizer.encode(piece.text, special=piece.markup)]
 
 

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longforge.chat.tokens import EOS, SPECIAL_TOKENS
-from longforge.errors import CheckpointError, InputError
+from longforge.errors import CheckpointError, ContextOverflow, InputError
 from longforge.observe import write_text_atomic
 
 __all__ = ["StreamDecoder", "Tokenizer", "train_tokenizer"]
@@ -88,6 +88,15 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"text: expected valid unicode, got {_surrogate_or_type(text)}") from error
 
+    def check_fits(self, texts: Iterable[str], context: int) -> None:
+        """ContextOverflow for texts so long that they have more than `context` tokens, whatever they say.
+
+        Encoding takes seconds for a few megabytes; this takes no time.
+        """
+        fewest = -(-sum(map(len, texts)) // self._longest)
+        if fewest > context:
+            raise ContextOverflow(fewest, context, at_least=True)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out.
 
@@ -130,6 +139,11 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids at which a generation stops."""
         return (self.eos_id,)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most bytes of a token, hence most characters."""
+        return max(map(len, self._bytes.values()))
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:

@@ -1,7 +1,7 @@
 """The command. One file per verb or group of verbs; whatever is heavy is imported inside the verb.
 
 Exit codes: 0 done, 1 the doctor or `verify` found a fault, 2 a mistake of the user (one line on stderr),
-130 Ctrl-C; anything else is a bug.
+70 a server's engine failed, 130 Ctrl-C; anything else is a bug.
 """
 
 import sys

@@ -1,11 +1,16 @@
 """`longforge serve`."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 __all__ = ["serve"]
+
+ENGINE_FAILED = 70
+"""Exit code; that of a mistake (2) must not make a supervisor try again."""
 
 
 def serve(
@@ -31,6 +36,27 @@ def serve(
         int | None,
         typer.Option(help="Pages of keys and values (default: 16 full contexts, 4 GiB at most).", min=1),
     ] = None,
+    drafts: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens that the model's MTP module guesses ahead of each answer (default: 0).",
+            min=0,
+            max=3,
+        ),
+    ] = None,
+    host_cache: Annotated[
+        float,
+        typer.Option(help="GiB of memory for pages that the pool has no room for; 0 for none.", min=0),
+    ] = 0,
+    file_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for such pages, where later servers of the same model find them; several servers "
+            "may share it. Whoever can write there can change answers.",
+            show_default=False,
+        ),
+    ] = None,
+    file_cache_gib: Annotated[float, typer.Option(help="GiB that this folder may hold.", min=0)] = 16,
     max_running: Annotated[int, typer.Option(help="Most requests that generate at once.", min=1)] = 64,
     max_requests: Annotated[
         int, typer.Option(help="Most open requests; more are refused for now.", min=1)
@@ -55,10 +81,17 @@ def serve(
         float, typer.Option(help="How long open answers may go on after Ctrl-C or SIGTERM.", min=0)
     ] = 30.0,
 ) -> None:
-    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health."""
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health.
+
+    Ends with code 70 when the engine has failed, so that a supervisor starts it again.
+    """
+    from longforge.engine.page_mover import TierSettings
+    from longforge.errors import EngineError
     from longforge.server import launch
 
-    launch.serve(
+    tiers = TierSettings(int(host_cache * 2**30), file_cache, int(file_cache_gib * 2**30))
+    run = partial(
+        launch.serve,
         model,
         name=name,
         host=host,
@@ -75,4 +108,11 @@ def serve(
         allowed_hosts=allowed_host or (),
         max_body_bytes=max_body_mib * 2**20,
         drain_seconds=drain_seconds,
+        drafts=drafts,
+        tiers=tiers,
     )
+    try:
+        run()
+    except EngineError as error:
+        print(f"longforge: {error}", file=sys.stderr)
+        raise typer.Exit(ENGINE_FAILED) from None

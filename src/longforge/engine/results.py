@@ -118,7 +118,11 @@ class Results:
             if sequence.counts is not None:
                 sequence.counts.add(token)
             if sequence.matcher is not None:
-                sequence.matcher.accept(token)
+                try:
+                    sequence.matcher.accept(token)
+                except InputError as error:  # its grammar became too much work
+                    events.append(self._failure(sequence, error))
+                    return True
         return False
 
     def _failure(self, sequence: Sequence, error: LongforgeError) -> RequestFailed:

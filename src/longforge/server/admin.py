@@ -4,6 +4,7 @@ server without keys, for processes on the same machine."""
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -44,9 +45,11 @@ def admin_router(service: Service) -> APIRouter:
         return JSONResponse({"version": loop.engine.version})
 
     @router.post("/pause")
-    async def pause() -> dict[str, bool]:
-        """Computes nothing until /resume; open requests wait."""
+    async def pause(mode: Literal["keep", "abort"] = "keep") -> dict[str, bool]:
+        """Computes nothing until /resume; open requests wait (keep) or end with an error (abort)."""
         loop.pause()
+        if mode == "abort":
+            await loop.abort()
         return {"is_paused": loop.paused}
 
     @router.post("/resume")

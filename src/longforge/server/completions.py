@@ -35,6 +35,9 @@ def completions_router(service: Service) -> APIRouter:
         if wrong := model_check(service, body.model):
             return wrong
         caller = caller_of(request)
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                service.tokenizer.check_fits([prompt], service.loop.engine.context)
         prompts = [
             service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
         ]

@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -21,45 +21,12 @@ from torch import Tensor
 from longforge.engine import Engine, EngineStats, GenerationRequest, RequestFailed, TokenEvent
 from longforge.errors import EngineError, LongforgeError, Overloaded
 from longforge.protocol import SamplingParams
+from longforge.server.generation import Generation
+from longforge.server.page_watch import PageWatch
 
 __all__ = ["EngineLoop", "Generation"]
 
 FAILED = "engine: it has failed, see the server's log"
-
-
-class Generation:
-    """The tokens of one request as they come.
-
-    Read by one task; `EngineLoop.close` it when done, however done.
-    """
-
-    def __init__(self, request: GenerationRequest, *, eager: bool) -> None:
-        self.request = request
-        self.eager = eager
-        self.opened = time.perf_counter()
-        self.arrivals: list[float] = []
-        """When each token came, in seconds of `time.perf_counter`; the last may still be on its way to the
-        reader."""
-        self._events: deque[TokenEvent] = deque()
-        self._news = asyncio.Event()
-        self._error: LongforgeError | None = None
-        self._ended = False
-
-    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
-        """What has come since the last time, until the token with a stop reason.
-
-        If not eager, one batch with everything. Errors: EngineError if the engine stops before the end.
-        """
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            batch = [self._events.popleft() for _ in range(len(self._events))]
-            if batch:
-                yield batch
-                if batch[-1].stop_reason is not None:
-                    return
-            if self._error is not None:
-                raise self._error
 
 
 class EngineLoop:
@@ -91,8 +58,10 @@ class EngineLoop:
         self._lock = threading.Lock()  # guards _commands and _closed
         self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._closed: EngineError | None = None
+        self._crashed = False
         self._wake = threading.Event()
         self._stopping = False
+        self._watch = PageWatch(engine.check_pages)
         self._generations: dict[str, Generation] = {}
         """Open generations; only the engine thread reads and writes it."""
 
@@ -100,6 +69,16 @@ class EngineLoop:
     def failure(self) -> EngineError | None:
         """Why nothing is served any more, or None."""
         return self._closed
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the engine has ended by a bug; nothing will be served any more."""
+        return self._crashed
+
+    @property
+    def page_check_failures(self) -> int:
+        """How often the accounts of the pages did not add up when the engine had nothing to do."""
+        return self._watch.failures
 
     def start(self) -> None:
         """Starts the engine thread."""
@@ -140,19 +119,24 @@ class EngineLoop:
             self.engine.submit(request)
             self._generations[request.id] = generation
 
-        self._command(submit).add_done_callback(functools.partial(self._refused, generation))
+        try:
+            submitted = self._command(submit)
+        except EngineError:
+            self._forget(request.id)
+            raise
+        submitted.add_done_callback(functools.partial(self._refused, generation))
         return generation
 
     def close(self, generation: Generation) -> None:
         """Cancels what is still running. Harmless at any time."""
         name = generation.request.id
-        self._open_tokens -= self._open.pop(name, 0)
+        self._forget(name)
 
         def cancel() -> None:
             if self._generations.pop(name, None) is not None:
                 self.engine.cancel(name)
 
-        if not generation._ended:
+        if not generation.ended:
             with contextlib.suppress(EngineError):  # the engine has stopped: nothing is left to cancel
                 self._command(cancel)
 
@@ -164,6 +148,18 @@ class EngineLoop:
         """Goes on after `pause`."""
         self._paused = False
         self._wake.set()
+
+    async def abort(self) -> None:
+        """Ends every open request with an EngineError, between two steps."""
+
+        def cancel_all() -> None:
+            aborted, self._generations = list(self._generations.values()), {}
+            for generation in aborted:
+                self.engine.cancel(generation.request.id)
+                generation.fail(EngineError("engine: the operator has paused it and ended open requests"))
+            self._announce(aborted)
+
+        await asyncio.wrap_future(self._command(cancel_all))
 
     @property
     def paused(self) -> bool:
@@ -212,11 +208,14 @@ class EngineLoop:
         self._open[request.id] = tokens
         self._open_tokens += tokens
 
+    def _forget(self, name: str) -> None:
+        self._open_tokens -= self._open.pop(name, 0)
+
     def _command(self, action: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
         with self._lock:
             if self._closed is not None:
-                raise self._closed
+                raise EngineError(*self._closed.args)  # a new one: a traceback grows with each raise
             self._commands.append((action, future))
         self._wake.set()
         return future
@@ -233,10 +232,14 @@ class EngineLoop:
                 self._obey()
                 if self.engine.has_work and not self._paused:
                     self._deliver(self.engine.step())
+                    self._watch.worked()
                 elif not self._stopping:
+                    if not self.engine.has_work:
+                        self._watch.check(self._wake)
                     self._wake.wait()
             reason = "engine: the server is shutting down"
         finally:
+            self._crashed = reason is FAILED
             self._shut(EngineError(reason))
 
     def _obey(self) -> None:
@@ -259,7 +262,7 @@ class EngineLoop:
         error = submitted.exception()
         if error is not None:
             assert isinstance(error, LongforgeError), "commands fail on purpose or as EngineError"
-            generation._error = error
+            generation.fail(error)
             self._announce([generation])
 
     def _deliver(self, events: Sequence[TokenEvent | RequestFailed]) -> None:
@@ -267,18 +270,10 @@ class EngineLoop:
         now = time.perf_counter()
         for event in events:
             generation = self._generations[event.request_id]
-            if isinstance(event, RequestFailed):
-                generation._error = event.error
-                generation._ended = True
+            generation.take(event, now)
+            if generation.ended:
                 del self._generations[event.request_id]
-                news.append(generation)
-                continue
-            generation._events.append(event)
-            generation.arrivals.append(now)
-            if event.stop_reason is not None:
-                generation._ended = True
-                del self._generations[event.request_id]
-            if generation.eager or generation._ended:
+            if generation.eager or generation.ended:
                 news.append(generation)
         if news:
             self._announce(news)
@@ -291,7 +286,7 @@ class EngineLoop:
         for future in left:
             future.set_exception(error)
         for generation in self._generations.values():
-            generation._error = error
+            generation.fail(error)
         self._announce(list(self._generations.values()))
 
     def _announce(self, generations: list[Generation]) -> None:
@@ -301,4 +296,4 @@ class EngineLoop:
 
 def _wake_readers(generations: list[Generation]) -> None:
     for generation in generations:
-        generation._news.set()
+        generation.wake()

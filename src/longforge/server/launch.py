@@ -11,7 +11,8 @@ from longforge.chat import Tokenizer
 from longforge.chat.tokens import EOS
 from longforge.engine import Engine
 from longforge.engine.grammar import Grammars
-from longforge.errors import CheckpointError, InputError
+from longforge.engine.page_mover import TierSettings
+from longforge.errors import CheckpointError, EngineError, InputError
 from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
 from longforge.model.checkpoint import config_of
@@ -24,7 +25,15 @@ from longforge.server.keys import ApiKeys
 from longforge.server.placement import choose_placement
 from longforge.server.running import Drain, bind, run_server, url_of
 
-__all__ = ["default_pages", "load", "model_folder", "serve", "served_hosts"]
+__all__ = [
+    "DEFAULT_DRAFTS",
+    "chosen_drafts",
+    "default_pages",
+    "load",
+    "model_folder",
+    "serve",
+    "served_hosts",
+]
 
 KEY_VARIABLE = "LONGFORGE_API_KEY"
 
@@ -32,6 +41,9 @@ POOL_REQUESTS = 16
 """The default pool holds this many requests that fill the context, if they fit POOL_BYTES."""
 
 POOL_BYTES = 4 * 2**30
+
+DEFAULT_DRAFTS = 0
+"""Most tokens guessed ahead where nothing else was asked for and the model has a module to guess with."""
 
 
 def serve(
@@ -52,6 +64,8 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
+    drafts: int | None = None,
+    tiers: TierSettings = TierSettings(),
 ) -> None:
     """Serves a model folder (None: the shipped demo model) until Ctrl-C or SIGTERM.
 
@@ -61,10 +75,12 @@ def serve(
     name:key; a single key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that
     requests may give the server beside those of a loopback address. drain_seconds: how long open answers may
     go on after the first signal. device, dtype: as in `choose_placement`. context: most positions of a
-    request, instead of the model's own.
+    request, instead of the model's own. drafts: as in `chosen_drafts`. tiers: where pages are kept beside
+    the pool.
 
     Prints where it is when it is ready, the URL in the first line. Errors: InputError for a port in use or a
-    bad number, ConfigError for the keys, CheckpointError for the folder; before anything is served.
+    bad number, ConfigError for the keys, CheckpointError for the folder, all before anything is served;
+    EngineError when the engine has failed, after open requests were told.
     """
     door = Door(
         ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
@@ -86,6 +102,8 @@ def serve(
             device=device,
             dtype=dtype,
             context=context,
+            drafts=drafts,
+            tiers=tiers,
         )
     except BaseException:
         listener.close()
@@ -99,7 +117,7 @@ def serve(
         threads=torch.get_num_threads(),
         threads_why=cores.why if threads is None else "as asked",
         placement=str(choose_placement(folder, device, dtype)),
-        features=_features(engine_loop.engine.config, len(door.keys.digests)),
+        features=_features(engine_loop.engine.config, drafts, tiers, len(door.keys.digests)),
         notices=_notices(config_of(folder).max_positions, context),
     )
 
@@ -111,7 +129,11 @@ def serve(
         on_ready=lambda: print(banner(facts), flush=True),
         on_stop=engine_loop.stop,
         drain=drain,
+        failed=lambda: engine_loop.crashed,
     )
+    if engine_loop.crashed:
+        raise EngineError("engine: it has failed, see above; the server has ended, start it again")
+    engine_loop.engine.close()  # its thread has ended
 
 
 def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
@@ -138,6 +160,8 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
+    drafts: int | None = None,
+    tiers: TierSettings = TierSettings(),
 ) -> tuple[EngineLoop, Tokenizer, str]:
     """A warm engine in its loop (not started), the tokenizer and the model's name; arguments of `serve`."""
     keep_freed_memory()
@@ -163,12 +187,16 @@ def load(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         )
     if pages is not None:
-        _check_memory(pages, config, causal_lm.dtype)
+        needed = pages * KVCache(config, 1, "meta", causal_lm.dtype).bytes
+        _check_memory(needed, f"pages: expected at most {{}}, got {pages} pages of {{}} together")
+    _check_memory(tiers.host_bytes, "host cache: expected at most {}, got {}")
     engine = Engine(
         causal_lm,
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
         max_running=max_running,
         max_batch_tokens=max(2048, max_running),
+        drafts=chosen_drafts(drafts, config),
+        tiers=tiers,
         grammars=Grammars(tokenizer, config.vocab_size),
     )
     engine.warm_up()
@@ -184,12 +212,28 @@ def model_folder(model: str | Path | None) -> Path:
     return folder
 
 
-def _features(config: ModelConfig, api_keys: int) -> Features:
+def chosen_drafts(asked: int | None, config: ModelConfig) -> int:
+    """Most tokens that are guessed ahead; without asking DEFAULT_DRAFTS, or none where the model cannot.
+
+    Whether it can do what was asked, the engine says.
+    """
+    if asked is not None:
+        return asked
+    return DEFAULT_DRAFTS if config.mtp_modules and not config.has("lightning") else 0
+
+
+def _features(config: ModelConfig, drafts: int | None, tiers: TierSettings, api_keys: int) -> Features:
     """What `load` switches on."""
+    places = [
+        (tiers.host_bytes > 0, f"host memory {tiers.host_bytes / 2**30:g} GiB"),
+        (tiers.folder is not None, f"files {tiers.file_bytes / 2**30:g} GiB"),
+    ]
     return Features(
         sparse_blocks=config.top_k_blocks if config.has("sparse") else 0,
         prefix_cache=True,
+        draft_tokens=chosen_drafts(drafts, config),
         constrained=True,
+        tiers=tuple(place for on, place in places if on),
         api_keys=api_keys,
     )
 
@@ -208,11 +252,8 @@ def default_pages(config: ModelConfig, dtype: torch.dtype = torch.float32) -> in
     return max(1, min(wanted, POOL_BYTES // page_bytes))
 
 
-def _check_memory(pages: int, config: ModelConfig, dtype: torch.dtype) -> None:
-    """InputError for a pool that is larger than this machine's memory."""
-    needed = pages * KVCache(config, 1, "meta", dtype).bytes / 2**30
-    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+def _check_memory(needed: int, message: str) -> None:
+    """InputError for more bytes than this machine's memory. message: with a place for either."""
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > held:
-        raise InputError(
-            f"pages: expected at most {held:.1f} GiB, got {pages} pages of {needed:.1f} GiB together"
-        )
+        raise InputError(message.format(*(f"{size / 2**30:.1f} GiB" for size in (held, needed))))

@@ -34,6 +34,29 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": ("Tokens drafted", lambda s: s.drafted_tokens),
     "spec_decode_num_accepted_tokens": ("Drafted tokens accepted", lambda s: s.accepted_tokens),
 }
+OWN_COUNTERS = {
+    "page_check_failures": (
+        "Times that the accounts of idle pages did not add up",
+        lambda loop: loop.page_check_failures,
+    ),
+    "failed_requests": ("Answers broken off by a fault of their own", lambda loop: loop.stats().failed),
+}
+TIER_COUNTERS = {
+    "hits": ("Pages restored", lambda tier: tier.hits),
+    "misses": ("Pages looked for in vain", lambda tier: tier.misses),
+    "loaded_bytes": ("Bytes restored", lambda tier: tier.bytes_loaded),
+    "stored": ("Pages stored", lambda tier: tier.stored),
+    "evicted": ("Pages that had to leave", lambda tier: tier.evicted),
+    "dropped": ("Pages not stored", lambda tier: tier.dropped),
+    "refused": ("Loads that computing would outrun", lambda tier: tier.refused),
+    "damaged": ("Pages found damaged", lambda tier: tier.damaged),
+    "failures": ("Errors of the file system", lambda tier: tier.failures),
+}
+TIER_GAUGES = {
+    "pages": ("Pages held", lambda tier: tier.pages),
+    "bytes": ("Bytes held", lambda tier: tier.bytes),
+    "stopped": ("1 once it has stopped reading or storing", lambda tier: tier.reason is not None),
+}
 
 
 class Metrics:
@@ -93,8 +116,27 @@ class _EngineFigures(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", what, labels=["model_name"])
             counter.add_metric([self._label], read(stats))
             yield counter
+        for name, (what, read) in OWN_COUNTERS.items():
+            counter = CounterMetricFamily(f"longforge:{name}", what, labels=["model_name"])
+            counter.add_metric([self._label], read(self._loop))
+            yield counter
+        yield from self._tiers()
         yield self._accepted_by_place(stats)
         yield self._cache_config(stats)
+
+    def _tiers(self) -> Iterator[Metric]:
+        """What the tiers that there are did, by tier."""
+        stats = self._loop.engine.tier_stats()
+        if stats is None:
+            return
+        tiers = [(name, tier) for name, tier in (("host", stats.host), ("files", stats.files)) if tier]
+        kinds = [(TIER_COUNTERS, CounterMetricFamily), (TIER_GAUGES, GaugeMetricFamily)]
+        for figures, family_of in kinds:
+            for name, (what, read) in figures.items():
+                family = family_of(f"longforge:tier_{name}", what, labels=["model_name", "tier"])
+                for tier_name, tier in tiers:
+                    family.add_metric([self._label, tier_name], read(tier))
+                yield family
 
     def _accepted_by_place(self, stats: EngineStats) -> Metric:
         counter = CounterMetricFamily(

@@ -80,6 +80,7 @@ class _Server(uvicorn.Server):
         on_ready: Callable[[], None],
         on_stop: Callable[[], None],
         drain: Drain | None = None,
+        failed: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -95,6 +96,7 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
         self._on_stop = on_stop
         self._drain = drain
+        self._failed = failed
         self._drained_at = math.inf
         """When waiting for open answers ends, in seconds of `time.monotonic`."""
 
@@ -110,7 +112,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end now."""
-        ended = await super().on_tick(counter)
+        ended = await super().on_tick(counter) or self._failed()
         if self._drain is None or self._drained_at == math.inf:
             return ended
         return ended or self._drain.idle() or time.monotonic() >= self._drained_at
@@ -138,13 +140,15 @@ def run_server(
     on_ready: Callable[[], None] = lambda: None,
     on_stop: Callable[[], None] = lambda: None,
     drain: Drain | None = None,
+    failed: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serves until SIGINT or SIGTERM. on_stop is called first when it ends, to end open answers.
+    """Serves until SIGINT or SIGTERM, or until `failed`, asked ten times a second.
 
-    drain: how long the first signal lets open answers go on (None: not at all).
+    on_stop is called first when it ends, to end open answers. drain: how long the first signal lets open
+    answers go on (None: not at all).
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    _Server(app, on_ready, on_stop, drain).run(sockets=[listener])
+    _Server(app, on_ready, on_stop, drain, failed).run(sockets=[listener])
 
 
 class BackgroundServer:

@@ -59,7 +59,10 @@ class Turn:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
         prompt = prompt_ids
         if prompt is None:
-            prompt = encode_prompt(tokenizer, messages, tools, family=family, thinking=thinking)
+            context = service.loop.engine.context
+            prompt = encode_prompt(
+                tokenizer, messages, tools, family=family, thinking=thinking, context=context
+            )
         thinking_open = starts_in_thinking(family, thinking)
         budgeted = thinking_budget is not None and thinking_open
         params = replace(

@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens; the same under /anthropic, as MiniMax serves them."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
@@ -69,7 +70,8 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
     async def count_tokens(body: CountRequest, request: Request) -> Response:
         if wrong := _wrong_model(service, body):
             return wrong
-        prompt = encode_prompt(
+        prompt = await asyncio.to_thread(  # as long as it likes, and it takes its time
+            encode_prompt,
             service.tokenizer,
             read_conversation(body, seal).messages,
             body.offered_tools,
