@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longforge.engine.graphs import Batch, Capture, DecodeGraphs
 from longforge.engine.sequence import Sequence
+from longforge.engine.transfer import to_device
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
@@ -27,15 +29,33 @@ class Stretch:
 
 
 class Runner:
-    """The model, its pages and the page table. Rows of the table belong to running sequences."""
+    """The model, its pages and the page table. Rows of the table belong to running sequences.
+
+    drafts: the most that are verified with a token. capture: how small batches become CUDA graphs, if they
+    do; the cache then has one page more, for padding.
+    """
 
     def __init__(
-        self, model: CausalLM, *, pages: int, max_running: int, context: int, drafts: bool = False
+        self,
+        model: CausalLM,
+        *,
+        pages: int,
+        max_running: int,
+        context: int,
+        drafts: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
         self.block_size = model.config.block_size
-        self.cache = KVCache(model.config, pages, model.device, model.dtype, drafts=drafts)
+        held = pages if capture is None else pages + 1
+        self.cache = KVCache(model.config, held, model.device, model.dtype, drafts=drafts > 0)
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                model, self.cache, scratch=pages, rows_per_path=1 + drafts, capture=capture
+            )
+        self._known_logits: tuple[Tensor, Tensor] | None = None
         self._page_table = np.full((max_running, -(-context // self.block_size)), -1, dtype=np.int32)
 
     def show_pages(self, sequence: Sequence, known: int) -> int:
@@ -55,41 +75,61 @@ class Runner:
 
         Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
         """
-        ids, layout = self._pack(stretches)
+        batch = self._pack(stretches)
+        self._known_logits = None
         with torch.inference_mode():
+            if self._graphs is not None and blocks is None:
+                self._known_logits = self._graphs.step(batch)
+                if self._known_logits is not None:
+                    return self._known_logits[0]
+            ids, layout = self._moved(batch)
             hidden = self.model.forward_packed(
                 ids, layout, self.cache, expert_loads=False, blocks=blocks
             ).hidden
             if self.cache.tail is not None:
-                self._keep_tails(hidden, layout)
+                self._keep_tails(hidden, batch.slots)
             return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [B, V] of hidden states [B, d]."""
+        """Logits fp32 [B, V] of hidden states [B, d]. Those of what `run` returned last may be known already;
+        they are valid until it runs again."""
+        if self._known_logits is not None and hidden is self._known_logits[0]:
+            return self._known_logits[1]
         with torch.inference_mode():
             return self.model.logits(hidden)
 
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
-        ids, layout = self._pack(stretches)
+        batch = self._pack(stretches)
         with torch.inference_mode():
+            drafted = None if self._graphs is None else self._graphs.draft(batch, before)
+            if drafted is not None:
+                return drafted
+            ids, layout = self._moved(batch)
             return self.model.mtp_packed(before, ids, layout, cache=self.cache).hidden
+
+    def rows(self, hidden: Tensor, places: Seq[int]) -> Tensor:
+        """Rows of hidden [N, d] at ascending places: [len(places), d]."""
+        if len(places) == places[-1] - places[0] + 1:
+            return hidden[places[0] : places[-1] + 1] if len(places) < len(hidden) else hidden
+        with torch.inference_mode():
+            return hidden.index_select(0, to_device(np.array(places, dtype=np.int64), self.device))
 
     def tail(self, page: int) -> Tensor:
         """Hidden state [1, d] of a page's last token."""
         assert self.cache.tail is not None, "tails are kept for drafts"
         return self.cache.tail[page : page + 1]
 
-    def _keep_tails(self, hidden: Tensor, layout: PackedLayout) -> None:
+    def _keep_tails(self, hidden: Tensor, slots: NDArray[np.int64]) -> None:
         assert self.cache.tail is not None, "tails are kept for drafts"
-        if len(hidden) == 1 and int(layout.slots[0]) % self.block_size != self.block_size - 1:
-            return
-        rows = (layout.slots % self.block_size == self.block_size - 1).nonzero()[:, 0]
-        if len(rows):
-            self.cache.tail.index_copy_(0, layout.slots[rows] // self.block_size, hidden[rows])
+        ends = slots % self.block_size == self.block_size - 1
+        if ends.any():
+            rows = to_device(np.flatnonzero(ends), self.device)
+            pages = to_device(slots[ends] // self.block_size, self.device)
+            self.cache.tail.index_copy_(0, pages, hidden.index_select(0, rows))
 
-    def _pack(self, stretches: Seq[Stretch]) -> tuple[Tensor, PackedLayout]:
-        """Ids int64 [N] and their layout."""
+    def _pack(self, stretches: Seq[Stretch]) -> Batch:
+        """Ids and their layout, on the host."""
         counts = np.array([len(s.ids) for s in stretches], dtype=np.int64)
         starts = np.array([s.start for s in stretches], dtype=np.int64)
         ends = counts.cumsum()
@@ -105,14 +145,9 @@ class Runner:
             + positions % self.block_size
         )
         ids = stretches[0].ids if len(stretches) == 1 else np.concatenate([s.ids for s in stretches])
-        layout = PackedLayout(
-            self._tensor(positions),
-            self._tensor(paths),
-            self._tensor(slots),
-            self._tensor(table),
-            self.block_size,
-        )
-        return self._tensor(ids), layout
+        return Batch(ids, positions, paths, slots, table)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _moved(self, batch: Batch) -> tuple[Tensor, PackedLayout]:
+        """Ids int64 [N] and their layout, on the device."""
+        ids, positions, paths, slots, table = (to_device(part, self.device) for part in batch)
+        return ids, PackedLayout(positions, paths, slots, table, self.block_size)
