@@ -18,6 +18,7 @@ from torch import Tensor
 from longforge.engine.draft_length import DraftCosts, best_length
 from longforge.engine.runner import Runner, Stretch
 from longforge.engine.sequence import Sequence
+from longforge.engine.transfer import to_device
 from longforge.errors import InputError
 
 __all__ = ["Drafter"]
@@ -64,7 +65,7 @@ class Drafter:
             if step:
                 hidden = self._again([filled[p] for p in guessing], [guesses[p] for p in guessing], hidden)
             else:
-                hidden = hidden[guessing]
+                hidden = self._runner.rows(hidden, guessing)
             logits = self._runner.logits(hidden)
             for row, place in enumerate(guessing):
                 _forbid(logits[row], filled[place], guesses[place])
@@ -72,7 +73,8 @@ class Drafter:
             for place, token in zip(guessing, tokens, strict=True):
                 guesses[place].append(token)
             going = [row for row, p in enumerate(guessing) if lengths[filled[p]] > step + 1]
-            guessing, hidden = [guessing[row] for row in going], hidden[going]
+            if going:
+                guessing, hidden = [guessing[row] for row in going], self._runner.rows(hidden, going)
         for sequence, guess in zip(filled, guesses, strict=True):
             sequence.drafts = _worth_verifying(sequence, guess)
 
@@ -106,7 +108,7 @@ class Drafter:
             rows += end - state.done
             ends.append(rows - 1)
             state.done, state.pending = end, []
-        return self._runner.run_drafts(stretches, torch.cat(before))[ends]
+        return self._runner.rows(self._runner.run_drafts(stretches, torch.cat(before)), ends)
 
     def _again(self, sequences: Seq[Sequence], guesses: Seq[Seq[int]], hidden: Tensor) -> Tensor:
         stretches = [
@@ -126,7 +128,7 @@ def _forbid(logits: Tensor, sequence: Sequence, guess: Seq[int]) -> None:
     except InputError:  # its grammar became too much work: told when it samples
         return
     allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
-    logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+    logits.masked_fill_(to_device(~allowed, logits.device), -torch.inf)
 
 
 def _worth_verifying(sequence: Sequence, guess: Seq[int]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.drafts import Drafter
 from longforge.engine.grammar import Grammars
+from longforge.engine.graphs import capture_for
 from longforge.engine.page_mover import PageMover, TierSettings
 from longforge.engine.pages import PagePool
 from longforge.engine.prefix_cache import PrefixCache
@@ -43,6 +44,7 @@ class Engine:
     prefix_cache: whether pages are kept for later prompts. drafts: most tokens that the model's MTP module
     guesses ahead, 0 to 3; 0 without a module. draft_costs: what decides how many are worth it. tiers: where
     pages are kept beside the pool. grammars: serves requests with a grammar; without it they are refused.
+    cuda_graphs: whether small batches on a GPU run as CUDA graphs, where the model allows it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         draft_costs: DraftCosts | None = None,
         tiers: TierSettings | None = None,
         grammars: Grammars | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         _check_sizes(pages, max_running, max_batch_tokens, drafts)
         config = model.config
@@ -70,7 +73,12 @@ class Engine:
         self._caching = prefix_cache
         self._cache = PrefixCache(PagePool(pages), config.block_size)
         self._runner = Runner(
-            model.eval(), pages=pages, max_running=max_running, context=self.context, drafts=drafts > 0
+            model.eval(),
+            pages=pages,
+            max_running=max_running,
+            context=self.context,
+            drafts=drafts,
+            capture=capture_for(model, cuda_graphs),
         )
         self._drafter = Drafter(self._runner, drafts, draft_costs or DraftCosts()) if drafts else None
         wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)

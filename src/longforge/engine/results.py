@@ -53,7 +53,7 @@ class Results:
             places += span.sampled
         sampled = None
         if rows:
-            logits = self._runner.logits(hidden if len(places) == len(hidden) else hidden[places])
+            logits = self._runner.logits(self._runner.rows(hidden, places))
             sampled = sample(logits, rows)
         first = 0
         for span in spans:

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longforge.engine.graphs import Batch, Capture, DecodeGraphs
 from longforge.engine.sequence import Sequence
+from longforge.engine.transfer import to_device
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
@@ -31,28 +32,37 @@ class Stretch:
     ids: NDArray[np.int64]
 
 
-class _Packed(NamedTuple):
-    """Stretches side by side: ids and, as in `PackedLayout`, positions, paths, slots and the page table."""
-
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    paths: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    page_table: NDArray[np.int32]
-
-
 class Runner:
-    """The model, its pages and the page table. Rows of the table belong to running sequences."""
+    """The model, its pages and the page table. Rows of the table belong to running sequences.
+
+    drafts: the most that are verified with a token. capture: how small batches become CUDA graphs, if they
+    do; the cache then has one page more, for padding.
+    """
 
     def __init__(
-        self, model: CausalLM, *, pages: int, max_running: int, context: int, drafts: bool = False
+        self,
+        model: CausalLM,
+        *,
+        pages: int,
+        max_running: int,
+        context: int,
+        drafts: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
         self.block_size = model.config.block_size
-        self.cache = KVCache(model.config, pages, model.device, model.dtype, drafts=drafts)
-        self._few = FewTokens(model, self.cache, FEW) if FewTokens.supports(model) else None
-        """What runs few tokens faster, where there is such a thing."""
+        held = pages if capture is None else pages + 1
+        self.cache = KVCache(model.config, held, model.device, model.dtype, drafts=drafts > 0)
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                model, self.cache, scratch=pages, rows_per_path=1 + drafts, capture=capture
+            )
+        self._known_logits: tuple[Tensor, Tensor] | None = None
+        compiled = capture is None and FewTokens.supports(model)
+        self._few = FewTokens(model, self.cache, FEW) if compiled else None
+        """What runs few tokens faster on a CPU."""
         self._page_table = np.full((max_running, -(-context // self.block_size)), -1, dtype=np.int32)
 
     def show_pages(self, sequence: Sequence, known: int) -> int:
@@ -72,26 +82,37 @@ class Runner:
 
         Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
         """
-        packed = self._pack(stretches)
-        if self._few is not None and len(packed.ids) <= FEW:
-            hidden = self._few.hidden(*packed)
+        batch = self._pack(stretches)
+        if self._few is not None and len(batch.ids) <= FEW:
+            hidden = self._few.hidden(*batch)
             if blocks is not None:
                 blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
         else:
-            with torch.inference_mode():
-                hidden = self.model.forward_packed(
-                    self._tensor(packed.ids),
-                    self._layout(packed),
-                    self.cache,
-                    expert_loads=False,
-                    blocks=blocks,
-                ).hidden
+            hidden = self._run_model(batch, blocks)
+            if self._known_logits is not None:
+                return hidden
         if self.cache.tail is not None:
-            self._keep_tails(hidden, packed.slots)
+            self._keep_tails(hidden, batch.slots)
         return hidden
 
+    def _run_model(self, batch: Batch, blocks: list[Tensor] | None) -> Tensor:
+        """The same by torch's operators, or by a graph of them, which has kept the tails as well."""
+        self._known_logits = None
+        with torch.inference_mode():
+            if self._graphs is not None and blocks is None:
+                self._known_logits = self._graphs.step(batch)
+                if self._known_logits is not None:
+                    return self._known_logits[0]
+            ids, layout = self._moved(batch)
+            return self.model.forward_packed(
+                ids, layout, self.cache, expert_loads=False, blocks=blocks
+            ).hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [B, V] of hidden states [B, d]."""
+        """Logits fp32 [B, V] of hidden states [B, d]. Those of what `run` returned last may be known already;
+        they are valid until it runs again."""
+        if self._known_logits is not None and hidden is self._known_logits[0]:
+            return self._known_logits[1]
         if self._few is not None and len(hidden) <= FEW:
             return self._few.logits(hidden)
         with torch.inference_mode():
@@ -99,13 +120,16 @@ class Runner:
 
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
-        packed = self._pack(stretches)
-        if self._few is not None and len(packed.ids) <= FEW:
-            return self._few.mtp(0, before, *packed)
+        batch = self._pack(stretches)
+        if self._few is not None and len(batch.ids) <= FEW:
+            return self._few.mtp(0, before, *batch)
         with torch.inference_mode():
-            return self.model.mtp_packed(
-                before.to(self.model.dtype), self._tensor(packed.ids), self._layout(packed), cache=self.cache
-            ).hidden
+            drafted = None if self._graphs is None else self._graphs.draft(batch, before)
+            if drafted is not None:
+                return drafted
+            ids, layout = self._moved(batch)
+            before = before.to(self.model.dtype)
+            return self.model.mtp_packed(before, ids, layout, cache=self.cache).hidden
 
     def weights_changed(self) -> None:
         """The model's weights are others now."""
@@ -117,6 +141,13 @@ class Runner:
         assert self._few is not None, "few tokens were run"
         return self._few.selected[: sum(layer.mixer == "sparse" for layer in self.model.config.layers)]
 
+    def rows(self, hidden: Tensor, places: Seq[int]) -> Tensor:
+        """Rows of hidden [N, d] at ascending places: [len(places), d]."""
+        if len(places) == places[-1] - places[0] + 1:
+            return hidden[places[0] : places[-1] + 1] if len(places) < len(hidden) else hidden
+        with torch.inference_mode():
+            return hidden.index_select(0, to_device(np.array(places, dtype=np.int64), self.device))
+
     def tail(self, page: int) -> Tensor:
         """Hidden state [1, d] of a page's last token."""
         assert self.cache.tail is not None, "tails are kept for drafts"
@@ -124,14 +155,16 @@ class Runner:
 
     def _keep_tails(self, hidden: Tensor, slots: NDArray[np.int64]) -> None:
         assert self.cache.tail is not None, "tails are kept for drafts"
-        rows = np.flatnonzero(slots % self.block_size == self.block_size - 1)
-        if len(rows):
+        ends = slots % self.block_size == self.block_size - 1
+        if ends.any():
             with torch.inference_mode():
-                pages = self._tensor(slots[rows] // self.block_size)
-                tails = hidden[self._tensor(rows)].to(self.cache.tail.dtype)
+                rows = to_device(np.flatnonzero(ends), self.device)
+                pages = to_device(slots[ends] // self.block_size, self.device)
+                tails = hidden.index_select(0, rows).to(self.cache.tail.dtype)
                 self.cache.tail.index_copy_(0, pages, tails)
 
-    def _pack(self, stretches: Seq[Stretch]) -> "_Packed":
+    def _pack(self, stretches: Seq[Stretch]) -> Batch:
+        """Ids and their layout, on the host."""
         counts = np.array([len(s.ids) for s in stretches], dtype=np.int64)
         starts = np.array([s.start for s in stretches], dtype=np.int64)
         ends = counts.cumsum()
@@ -147,16 +180,9 @@ class Runner:
             + positions % self.block_size
         )
         ids = stretches[0].ids if len(stretches) == 1 else np.concatenate([s.ids for s in stretches])
-        return _Packed(ids, positions, paths, slots, table)
+        return Batch(ids, positions, paths, slots, table)
 
-    def _layout(self, packed: "_Packed") -> PackedLayout:
-        return PackedLayout(
-            self._tensor(packed.positions),
-            self._tensor(packed.paths),
-            self._tensor(packed.slots),
-            self._tensor(packed.page_table),
-            self.block_size,
-        )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _moved(self, batch: Batch) -> tuple[Tensor, PackedLayout]:
+        """Ids int64 [N] and their layout, on the device."""
+        ids, positions, paths, slots, table = (to_device(part, self.device) for part in batch)
+        return ids, PackedLayout(positions, paths, slots, table, self.block_size)

@@ -14,13 +14,17 @@ from longforge.kernels.checks import (
     check_strides,
     without_autocast,
 )
-from longforge.kernels.dense_attention import cpu, operator, reference
+from longforge.kernels.dense_attention import cpu, few_queries, operator, reference
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.traced import is_traced
 
 __all__ = ["BACKENDS", "dense_attention"]
 
-BACKENDS = {"cpu": cpu.dense_attention, "reference": reference.dense_attention}
+BACKENDS = {
+    "cpu": cpu.dense_attention,
+    "few_queries": few_queries.dense_attention,
+    "reference": reference.dense_attention,
+}
 
 
 def _run(
@@ -57,6 +61,8 @@ def dense_attention(
     scale    default D ** -0.5
     Returns (out [N, Hq, D] in q's dtype, lse fp32 [N, Hq] = natural log of the sum of exp(scale q.k)).
     Gradients reach q, k_pages and v_pages (pages that several paths share get the sum); lse has none.
+    On CUDA a batch of few queries to a path goes to "few_queries", which never waits for the device; the
+    reference, which takes the others, reads the layout on the host.
     Under torch.autocast inputs of several dtypes are taken in autocast's, as torch's own attention does.
     Under torch.compile the call is the operator torch.ops.longforge.dense_attention; elsewhere it goes
     straight to the backend (see kernels/traced.py).
@@ -70,6 +76,8 @@ def dense_attention(
     check_shape(name, "q", q, (None, None, None), "[N, Hq, D]")
     check_same_kind(name, q=q, k_pages=k_pages, v_pages=v_pages)
     chosen = backend_name(name, BACKENDS, backend, q.device, q.dtype)
+    if backend is None and q.device.type == "cuda" and _is_decoding(q, layout):
+        chosen = "few_queries"
     check_layout(name, layout, q.shape[0], q.device)
     check_pages(name, "k_pages", k_pages, layout)
     check_heads(name, q, k_pages)
@@ -81,3 +89,7 @@ def dense_attention(
     if is_traced(q):
         return OPERATOR(q, k_pages, v_pages, *layout.parts, window, factor, chosen)
     return _run(chosen, q, k_pages, v_pages, layout, window, factor)
+
+
+def _is_decoding(q: Tensor, layout: PackedLayout) -> bool:
+    return len(q) <= few_queries.MOST_QUERIES * len(layout.page_table)
