@@ -8,12 +8,14 @@ Not thread-safe: one thread owns an engine (in the server, `server.engine_loop`)
 """
 
 import secrets
+import statistics
 import time
 from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 
+from longforge.engine.draft_costs import GUESSED_COSTS, measured_costs
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.drafts import Drafter
 from longforge.engine.grammar import Grammars
@@ -70,6 +72,7 @@ class Engine:
         self.context = min(config.max_positions, pages * config.block_size)
         """Most tokens of one request, prompt and answer together."""
         self._grammars = grammars
+        self._max_running = max_running
         self._caching = prefix_cache
         self._cache = PrefixCache(PagePool(pages), config.block_size)
         self._runner = Runner(
@@ -80,7 +83,7 @@ class Engine:
             drafts=drafts,
             capture=capture_for(model, cuda_graphs),
         )
-        self._drafter = Drafter(self._runner, drafts, draft_costs or DraftCosts()) if drafts else None
+        self._drafter = Drafter(self._runner, drafts, draft_costs or GUESSED_COSTS) if drafts else None
         wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)
         self._mover = PageMover(tiers, self._runner, self._cache) if wanted and tiers else None
         self._scheduler = Scheduler(
@@ -242,18 +245,29 @@ class Engine:
         self._cache.check()
 
     def warm_up(self) -> None:
-        """Runs a short request, so that the first real one does not pay for compilation.
-
-        Engine must be idle.
-        """
+        """Runs short requests, so that the first real one does not pay for compilation, and measures what
+        drafts cost, unless that was given. Forgets what is cached. The engine must be idle."""
         assert not self.has_work, "warm-up needs an idle engine"
+        self.reset_cache()
+        self._step_seconds()
+        if self._drafter is not None and self._drafter.costs is GUESSED_COSTS:
+            self._drafter.costs = measured_costs(
+                self._runner, self._step_seconds(), self._cache.pool.total, self._max_running
+            )
+        self._steps = self._prompt_tokens = 0
+        self._results = Results(self._runner, self.version)
+
+    def _step_seconds(self) -> float:
+        """Median seconds of a step of one short request, alone."""
         prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 8))
         params = SamplingParams(max_tokens=6, temperature=0.0)
         self.submit(GenerationRequest("warm-up", prompt, params, cache=False))
+        seconds = []
         while self.has_work:
+            started = time.perf_counter()
             self.step()
-        self._steps = self._prompt_tokens = 0
-        self._results = Results(self._runner, self.version)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
 
     def _adopt(self, sequence: Sequence) -> None:
         """Says where a sequence without pages will find and leave some: under the weights of now."""
