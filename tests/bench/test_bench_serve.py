@@ -214,6 +214,7 @@ def test_every_measure_gives_rows_of_one_shape(folder: Path, tmp_path: Path, mon
     for measure in ("decode", "prefill"):
         assert sum(row["headline"] for row in rows if row["measure"] == measure) == 1
     assert rows[0]["rival"].startswith("transformers ") and rows[0]["batch"] == 2
+    assert rows[0]["rivals"][rows[0]["rival"]] == rows[0]["rival_value"] == max(rows[0]["rivals"].values())
     assert "continuous batching" in rows[0]["note"] + rows[0]["rival"]
     assert rows[-1]["note"] == "context raised from 96" and rows[-1]["prompt_tokens"] == 200
     json.dumps(rows)

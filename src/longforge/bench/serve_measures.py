@@ -56,7 +56,7 @@ def _decode(s: Setting, dtype: str, batch: int) -> Row:
     name, theirs = _fastest(rates)
     return s.about.row(
         "decode", "tokens/s", dtype, rates["ours"], name, theirs,
-        batch=batch, prompt=size, tokens=tokens, note=note,
+        batch=batch, prompt=size, tokens=tokens, note=note, rivals=_all(rates),
     )  # fmt: skip
 
 
@@ -70,6 +70,10 @@ def _fastest(rates: dict[str, Spread]) -> tuple[str, Spread | None]:
         return "transformers", None
     name = max(rivals, key=lambda name: rivals[name].middle)
     return name, rivals[name]
+
+
+def _all(rates: dict[str, Spread]) -> dict[str, float]:
+    return {name: rate.middle for name, rate in rates.items() if name != "ours"}
 
 
 def prefill(s: Setting) -> Iterator[list[Row]]:

@@ -124,6 +124,8 @@ class Rival:
         """Tokens a second of a second answer, the first paying for what is made once; 0 where it fails."""
         try:
             with _quiet():
+                if way.compiled:  # or the second batch size gets code for any size, which is slower
+                    torch.compiler.reset()
                 self.generate(prompts, tokens if way.compiled else 2, way)
                 return decode_rate(self.generate(prompts, tokens, way).times)
         except FAILURES:

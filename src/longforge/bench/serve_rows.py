@@ -43,7 +43,8 @@ class About:
         Values are medians, `_low` and `_high` quartiles over `rounds`. ratio is ours / rival_value: above 1
         is better for a rate (tokens/s), below 1 for a time (ms). prompt_tokens and new_tokens are of each of
         the `batch` requests, context is both together; null where requests differ. A rival that did not run
-        has null numbers, and `note` says why. headline marks the rows that compare each side's fastest dtype.
+        has null numbers, and `note` says why; where several did, rivals has the medians of all. headline
+        marks the rows that compare each side's fastest dtype.
         """
         return {
             "measure": measure,
@@ -85,8 +86,8 @@ def headline(rows: Sequence[Row]) -> list[Row]:
     if theirs is ours:
         ours["headline"] = True
         return rows
-    taken = ("rival", "rival_dtype", "rival_value", "rival_low", "rival_high")
-    mixed = {**ours, **{key: theirs[key] for key in taken}, "headline": True}
+    taken = ("rival", "rival_dtype", "rival_value", "rival_low", "rival_high", "rivals")
+    mixed = {**ours, **{key: theirs[key] for key in taken if key in theirs}, "headline": True}
     mixed["ratio"] = mixed["ours"] / mixed["rival_value"]
     return [*rows, mixed]
 
