@@ -76,3 +76,5 @@ def test_a_mistake_of_the_user_is_one_line(tmp_path: Path):
         open_subject(tmp_path / "nowhere")
     with pytest.raises(InputError, match="device: expected"):
         open_subject(None, device="abacus")
+    with pytest.raises(InputError, match="a context of at least 32 tokens"):
+        open_subject(write_small_checkpoint(tmp_path / "short", max_positions=24))

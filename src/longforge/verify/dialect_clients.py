@@ -8,9 +8,8 @@ from typing import Any
 import httpx
 
 from longforge.errors import EngineError
-from longforge.protocol import Message
-from longforge.server.wire import message_body, tool_body
-from longforge.verify.subject import Subject
+from longforge.verify.dialect_bodies import chat_body, completion_body, messages_body, response_body
+from longforge.verify.subject import Talk
 
 __all__ = [
     "Said",
@@ -43,9 +42,9 @@ class Said:
     """The answer's text with its markup."""
 
 
-def chat(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def chat(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """POST /v1/chat/completions."""
-    reply = _post(client, "/v1/chat/completions", _chat_body(subject, answer))
+    reply = _post(client, "/v1/chat/completions", chat_body(talk, answer))
     choice, usage = reply["choices"][0], reply["usage"]
     said = choice["message"]
     calls = [call["function"] for call in said.get("tool_calls") or ()]
@@ -60,9 +59,9 @@ def chat(client: httpx.Client, subject: Subject, answer: int) -> Said:
     )
 
 
-def chat_streamed(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def chat_streamed(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """The same as a stream."""
-    body = {**_chat_body(subject, answer), "stream_options": {"include_usage": True}}
+    body = {**chat_body(talk, answer), "stream_options": {"include_usage": True}}
     prompt: list[int] = []
     tokens: list[int] = []
     thinking = text = ""
@@ -91,9 +90,9 @@ def chat_streamed(client: httpx.Client, subject: Subject, answer: int) -> Said:
     )
 
 
-def completion(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def completion(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """POST /v1/completions with the rendered ids."""
-    reply = _post(client, "/v1/completions", _completion_body(subject, answer))
+    reply = _post(client, "/v1/completions", completion_body(talk, answer))
     choice, usage = reply["choices"][0], reply["usage"]
     return Said(
         tokens=tuple(choice["token_ids"]),
@@ -103,28 +102,28 @@ def completion(client: httpx.Client, subject: Subject, answer: int) -> Said:
     )
 
 
-def completion_streamed(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def completion_streamed(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """The same as a stream."""
     tokens: list[int] = []
     text = ""
-    for chunk in _events(client, "/v1/completions", _completion_body(subject, answer)):
+    for chunk in _events(client, "/v1/completions", completion_body(talk, answer)):
         for choice in chunk["choices"]:
             tokens += choice.get("token_ids") or []
             text += choice["text"]
     return Said(tokens=tuple(tokens), raw=text)
 
 
-def response(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def response(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """POST /v1/responses."""
-    return _of_response(_post(client, "/v1/responses", _response_body(subject, answer)))
+    return _of_response(_post(client, "/v1/responses", response_body(talk, answer)))
 
 
-def response_streamed(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def response_streamed(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """The same as a stream: what its deltas add up to."""
     thinking = text = ""
     calls: list[list[str]] = []
     last: Json = {}
-    for event in _events(client, "/v1/responses", _response_body(subject, answer)):
+    for event in _events(client, "/v1/responses", response_body(talk, answer)):
         match event["type"]:
             case "response.reasoning_text.delta":
                 thinking += event["delta"]
@@ -145,9 +144,9 @@ def response_streamed(client: httpx.Client, subject: Subject, answer: int) -> Sa
     )
 
 
-def message(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def message(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """POST /v1/messages."""
-    reply = _post(client, "/v1/messages", _message_body(subject, answer))
+    reply = _post(client, "/v1/messages", messages_body(talk, answer))
     blocks, usage = reply["content"], reply["usage"]
     return Said(
         prompt_tokens=usage["input_tokens"] + usage["cache_read_input_tokens"],
@@ -158,12 +157,12 @@ def message(client: httpx.Client, subject: Subject, answer: int) -> Said:
     )
 
 
-def message_streamed(client: httpx.Client, subject: Subject, answer: int) -> Said:
+def message_streamed(client: httpx.Client, talk: Talk, answer: int) -> Said:
     """The same as a stream."""
     thinking = text = ""
     calls: list[list[str]] = []
     tokens = -1
-    for event in _events(client, "/v1/messages", _message_body(subject, answer)):
+    for event in _events(client, "/v1/messages", messages_body(talk, answer)):
         match event["type"]:
             case "content_block_start" if event["content_block"]["type"] == "tool_use":
                 calls.append([event["content_block"]["name"], ""])
@@ -197,88 +196,6 @@ def _of_response(reply: Json) -> Said:
         text=texts("message"),
         calls=tuple((call["name"], json.loads(call["arguments"])) for call in calls),
     )
-
-
-def _chat_body(subject: Subject, answer: int) -> Json:
-    return {
-        **_common(subject),
-        "messages": [message_body(one) for one in subject.conversation],
-        "tools": [tool_body(tool) for tool in subject.tools],
-        "thinking": {"type": "adaptive"},
-        "max_tokens": answer,
-        "return_token_ids": True,
-    }
-
-
-def _completion_body(subject: Subject, answer: int) -> Json:
-    return {
-        **_common(subject),
-        "prompt": list(subject.chat()),
-        "max_tokens": answer,
-        "return_token_ids": True,
-    }
-
-
-def _response_body(subject: Subject, answer: int) -> Json:
-    tools = [
-        {
-            "type": "function",
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.parameters,
-        }
-        for tool in subject.tools
-    ]
-    items = [item for one in subject.conversation for item in _items(one)]
-    effort = {"effort": "medium"}
-    limits = {"max_output_tokens": answer, "store": False}
-    return {**_common(subject), "input": items, "tools": tools, "reasoning": effort, **limits}
-
-
-def _items(one: Message) -> Iterator[Json]:
-    """A message as input items of the Responses dialect."""
-    if one.role == "tool":
-        yield {"type": "function_call_output", "call_id": one.tool_call_id, "output": one.content}
-        return
-    if one.thinking is not None:
-        thought = [{"type": "reasoning_text", "text": one.thinking}]
-        yield {"type": "reasoning", "summary": [], "content": thought}
-    if one.content:
-        yield {"role": one.role, "content": one.content}
-    for call in one.tool_calls:
-        arguments = json.dumps(call.arguments)
-        yield {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": arguments}
-
-
-def _message_body(subject: Subject, answer: int) -> Json:
-    tools = [
-        {"name": tool.name, "description": tool.description, "input_schema": tool.parameters}
-        for tool in subject.tools
-    ]
-    system = "".join(one.content for one in subject.conversation if one.role == "system")
-    turns = [_blocks(one) for one in subject.conversation if one.role != "system"]
-    thinking = {"type": "adaptive"}
-    body = {"system": system, "messages": turns, "tools": tools, "thinking": thinking, "max_tokens": answer}
-    return {**_common(subject), **body}
-
-
-def _blocks(one: Message) -> Json:
-    """A message in the Messages dialect."""
-    if one.role == "tool":
-        result = {"type": "tool_result", "tool_use_id": one.tool_call_id, "content": one.content}
-        return {"role": "user", "content": [result]}
-    blocks: list[Json] = []
-    if one.thinking is not None:
-        blocks.append({"type": "thinking", "thinking": one.thinking})
-    if one.content:
-        blocks.append({"type": "text", "text": one.content})
-    for call in one.tool_calls:
-        blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments})
-    return {"role": one.role, "content": blocks}
-
-
-def _common(subject: Subject) -> Json:
-    return {"model": subject.name, "temperature": 0.0}
 
 
 def _post(client: httpx.Client, path: str, body: Json) -> Json:

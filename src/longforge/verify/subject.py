@@ -21,17 +21,30 @@ from longforge.server.cores import free_cores
 from longforge.server.launch import model_folder
 from longforge.server.placement import choose_placement
 
-__all__ = ["Subject", "open_subject", "rounding_of"]
+__all__ = ["Subject", "Talk", "open_subject", "rounding_of"]
 
+LEAST_PAGES = 8
+"""Pages that a context must hold."""
 GREP = ToolSpec("grep", "search lines", {"type": "object", "properties": {"pattern": {"type": "string"}}})
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation to answer, as a request tells it."""
+
+    model: str
+    messages: list[Message]
+    tools: tuple[ToolSpec, ...]
+    prompt: tuple[int, ...]
+    """The same as token ids."""
 
 
 @dataclass
 class Subject:
     """A loaded model with its tokenizer, and what its engines left behind.
 
-    tolerance: what log-probabilities of one dtype may differ by (`rounding_of`). conversation: messages and
-    tools, something that the model knows if we know what it knows.
+    conversation: messages with a tool call and its result, something that the model knows if we know what it
+    knows. tolerance: what log-probabilities of one dtype may differ by (`rounding_of`).
     """
 
     model: CausalLM
@@ -64,15 +77,16 @@ class Subject:
         pages = config.top_k_blocks + 2 if config.has("sparse") else 4
         return max(2, min(pages, config.max_positions // self.block - 2))
 
-    def chat(self) -> tuple[int, ...]:
-        """The conversation as a prompt."""
-        family = self.model.config.family
-        return tuple(encode_prompt(self.tokenizer, self.conversation, self.tools, family=family))
+    def talk(self, messages: int) -> Talk:
+        """The first messages of the conversation."""
+        said, family = self.conversation[:messages], self.model.config.family
+        prompt = tuple(encode_prompt(self.tokenizer, said, self.tools, family=family))
+        return Talk(self.name, said, self.tools, prompt)
 
     def prompt(self, room: int) -> tuple[int, ...]:
         """The chat as a prompt behind plain tokens, `deep` pages and some. It leaves `room` tokens of the
         context for an answer."""
-        chat = self.chat()
+        chat = self.talk(len(self.conversation)).prompt
         most = min(self.model.config.max_positions - room, max(len(chat), self.deep * self.block) + 5)
         return (self.tokens(max(0, most - len(chat)), 0) + chat)[-most:]
 
@@ -122,10 +136,21 @@ def open_subject(model: str | Path | None = None, device: str = "auto", dtype: s
     if tokenizer.vocab_size > causal_lm.config.vocab_size:
         ids = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {causal_lm.config.vocab_size}"
         raise CheckpointError(f"{folder}: {ids}")
+    _check_context(causal_lm)
     known = model is None or folder.resolve() == shipped.path().resolve()
     messages, tools = _searching() if known else _talking()
     name = folder.resolve().name
     return Subject(causal_lm, tokenizer, name, messages, tools, rounding_of(causal_lm.dtype))
+
+
+def _check_context(model: CausalLM) -> None:
+    """InputError for a model whose context is too short for what the checks do around borders of pages."""
+    least = LEAST_PAGES * model.config.block_size
+    if model.config.max_positions < least:
+        raise InputError(
+            f"model: expected a context of at least {least} tokens ({LEAST_PAGES} pages) to verify it with, "
+            f"got {model.config.max_positions}"
+        )
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -139,7 +164,13 @@ def rounding_of(dtype: torch.dtype) -> float:
 
 def _searching() -> tuple[list[Message], tuple[ToolSpec, ...]]:
     """A question of code search, which the shipped model was made for."""
-    return opening_messages("Which file defines class HelpFormatter?"), TOOL_SPECS
+    call = ToolCall("grep", {"pattern": "class HelpFormatter"}, "call_1")
+    messages = [
+        *opening_messages("Which file defines class HelpFormatter?"),
+        Message("assistant", "", "find class", (call,)),
+        Message("tool", "argparse.py:154:class HelpFormatter(object):", tool_call_id=call.id),
+    ]
+    return messages, TOOL_SPECS
 
 
 def _talking() -> tuple[list[Message], tuple[ToolSpec, ...]]:

@@ -48,13 +48,16 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
 )
 """A check's name is its function's. The last one looks at what the others left."""
 
+FAILURES = (LongforgeError, AssertionError, httpx.HTTPError, RuntimeError, ValueError, LookupError)
+"""What broken code ends with: our own errors, those of the client, torch's, and what wrong values lead to."""
+
 
 def checks(subject: Subject) -> Iterator[Check]:
     """Makes each check and tells it when it is done. One that ends with an error has failed."""
     for check in CHECKS:
         try:
             yield check(subject)
-        except (LongforgeError, AssertionError, httpx.HTTPError, ValueError, LookupError) as error:
+        except FAILURES as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())
             yield Check(check.__name__, False, told)
 
