@@ -57,7 +57,14 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copies]:
     # Autocast knows no such device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
-    constants = (rotary._frequencies, sampler_torch._powers)
+    # Tensors that are made once in a process must not be fake ones afterwards, nor of another test.
+    constants = [
+        kept
+        for room in (rotary, sampler_torch)
+        for kept in vars(room).values()
+        if hasattr(kept, "cache_clear")
+    ]
+    assert len(constants) == 2
     for cached in constants:
         cached.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as seen:

@@ -226,19 +226,21 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        # One for all captures: libraries keep a workspace for each stream.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """Runs the function a few times and captures it."""
         with torch.cuda.device(self._device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     function()
-            current.wait_stream(aside)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Threads that copy pages to slower tiers may go on meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 outputs = function()
             self._pool = self._pool or graph.pool()
 
