@@ -41,12 +41,13 @@ base-model: setup
 	$(BIN)/python scripts/base_model.py
 
 # For a machine with a CUDA device and its own Python packages: runs the tree from src/, installs nothing. The tests
-# of the operations first, then the benchmark, which ends with a short table; together at most nine minutes.
+# first, then the benchmarks of the engine and of attention, which end with short tables; together under ten minutes.
 OUT ?= runs/gpu
 gpu:
 	mkdir -p $(OUT)
 	PYTHONPATH=src timeout 270 $(PY) -m pytest -m gpu tests/gpu tests/kernels --junitxml=$(OUT)/gpu.xml
-	PYTHONPATH=src timeout 260 $(PY) -m longforge.bench attention --device cuda --minutes 3 --out $(OUT)/attention.json
+	PYTHONPATH=src timeout 120 $(PY) benchmarks/engine_gpu.py --seconds 100 --out $(OUT)/engine.json
+	PYTHONPATH=src timeout 200 $(PY) -m longforge.bench attention --device cuda --minutes 2 --out $(OUT)/attention.json
 
 clean:
 	rm -rf .venv .cache build dist

@@ -17,4 +17,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How engines of the test run small batches."""
     if request.param == "graphs":
-        monkeypatch.setattr("longforge.engine.engine.capture_for", emulated_capture_for)
+        monkeypatch.setattr("longforge.engine.runner.capture_for", emulated_capture_for)

@@ -10,48 +10,11 @@ from torch import Tensor
 from emulated_capture import EmulatedCapture, emulated_capture_for
 from longforge.engine import Engine, GenerationRequest
 from longforge.engine.graphs import Batch, Bucket, DecodeGraphs, bucket_of, capture_for
-from longforge.kernels.layout import PackedLayout
 from longforge.model import CausalLM
 from longforge.model.cache import KVCache
+from small_batches import BATCHES, BLOCK, DRAFTS, PAGES, batch_of, layout_of, rows_of
 from small_engine import one, run, tokens
 from small_model import small_model
-
-PAGES = 60
-BLOCK = 4
-DRAFTS = 3
-BATCHES = [
-    # (tokens of each path, of which so many are computed now)
-    [(9, 1)],
-    [(1, 1)],
-    [(30, 4)],
-    [(5, 1), (13, 1), (2, 1)],
-    [(8, 2), (17, 4), (4, 4), (12, 1), (3, 3)],
-    [(6, 1)] * 9,
-    [(40, 3), (4, 1)],
-]
-
-
-def batch_of(sizes: list[tuple[int, int]], seed: int) -> Batch:
-    """Paths on shuffled pages; the pages differ from batch to batch."""
-    rng = np.random.default_rng(seed)
-    pages = iter(rng.permutation(PAGES).tolist())
-    width = max(-(-total // BLOCK) for total, _ in sizes)
-    table = np.full((len(sizes), width), -1, dtype=np.int32)
-    for path, (total, _) in enumerate(sizes):
-        table[path, : -(-total // BLOCK)] = [next(pages) for _ in range(-(-total // BLOCK))]
-    return rows_of(table, [(0, total) for total, _ in sizes], rng.integers(0, 280, 4096))
-
-
-def rows_of(table: np.ndarray, spans: list[tuple[int, int]], ids: np.ndarray) -> Batch:
-    positions = np.concatenate([np.arange(start, end) for start, end in spans])
-    paths = np.repeat(np.arange(len(spans)), [end - start for start, end in spans])
-    slots = table[paths, positions // BLOCK] * np.int64(BLOCK) + positions % BLOCK
-    return Batch(ids[positions + 100 * paths], positions, paths, slots, table)
-
-
-def layout_of(batch: Batch) -> PackedLayout:
-    _, positions, paths, slots, table = map(torch.from_numpy, batch)
-    return PackedLayout(positions, paths, slots, table, BLOCK)
 
 
 @dataclass
@@ -171,7 +134,7 @@ def test_a_batch_goes_to_the_smallest_bucket_that_holds_it(
 def emulate(monkeypatch: pytest.MonkeyPatch) -> EmulatedCapture:
     capture = EmulatedCapture()
     monkeypatch.setattr(
-        "longforge.engine.engine.capture_for",
+        "longforge.engine.runner.capture_for",
         lambda model, wanted: capture if emulated_capture_for(model, wanted) else None,
     )
     return capture
@@ -183,6 +146,19 @@ def test_decoding_is_replayed_and_prompts_are_not(monkeypatch: pytest.MonkeyPatc
     events = one(engine, tokens(9, 1))
     assert capture.replays == engine.stats().steps - 1 == len(events) - 1
     assert capture.captures <= 3  # one path, tables of 4, 8 and 16 pages
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_warming_up_captures_short_prefixes_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, drafts: int):
+    capture = emulate(monkeypatch)
+    cold = one(Engine(small_model(), pages=24, drafts=drafts), tokens(3, 1))
+    engine = Engine(small_model(), pages=24, max_running=3, drafts=drafts)
+    engine.warm_up()
+    captured = capture.captures
+    assert one(engine, tokens(3, 1)) == cold
+    # Tables of 1, 2 and 4 pages: with drafts the graphs of all of them are new but the narrowest.
+    assert capture.captures - captured <= (8 if drafts else 3)
+    engine.check_pages()
 
 
 def test_many_lengths_share_few_graphs(monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -18,8 +19,6 @@ from torch import Tensor
 from longforge.engine.draft_costs import GUESSED_COSTS, measured_costs
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.drafts import Drafter
-from longforge.engine.grammar import Grammars
-from longforge.engine.graphs import capture_for
 from longforge.engine.page_mover import PageMover, TierSettings
 from longforge.engine.pages import PagePool
 from longforge.engine.prefix_cache import PrefixCache
@@ -34,6 +33,10 @@ from longforge.engine.weights import check_weights, copy_weights
 from longforge.errors import EngineError, InputError
 from longforge.model.causal_lm import CausalLM
 from longforge.protocol import SamplingParams
+
+if TYPE_CHECKING:
+    # Compiling grammars takes a library that an engine without them does not need.
+    from longforge.engine.grammar import Grammars
 
 __all__ = ["Engine"]
 
@@ -60,7 +63,7 @@ class Engine:
         drafts: int = 0,
         draft_costs: DraftCosts | None = None,
         tiers: TierSettings | None = None,
-        grammars: Grammars | None = None,
+        grammars: "Grammars | None" = None,
         cuda_graphs: bool = True,
     ) -> None:
         _check_sizes(pages, max_running, max_batch_tokens, drafts)
@@ -81,7 +84,7 @@ class Engine:
             max_running=max_running,
             context=self.context,
             drafts=drafts,
-            capture=capture_for(model, cuda_graphs),
+            cuda_graphs=cuda_graphs,
         )
         self._drafter = Drafter(self._runner, drafts, draft_costs or GUESSED_COSTS) if drafts else None
         wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)
@@ -159,9 +162,8 @@ class Engine:
         self._steps += 1
         for item in work:
             self._show_pages(item.sequence)
-        blocks: list[Tensor] | None = (
-            [] if any(item.sequence.request.report_blocks for item in work) else None
-        )
+        reported = any(item.sequence.request.report_blocks for item in work)
+        blocks = list[Tensor]() if reported else None
         started = time.perf_counter()
         hidden = self._runner.run([_stretch(item) for item in work], blocks)
         self._count_prompts(work, started)
@@ -249,6 +251,7 @@ class Engine:
         drafts cost, unless that was given. Forgets what is cached. The engine must be idle."""
         assert not self.has_work, "warm-up needs an idle engine"
         self.reset_cache()
+        self._runner.warm_up()
         self._step_seconds()
         if self._drafter is not None and self._drafter.costs is GUESSED_COSTS:
             self._drafter.costs = measured_costs(
@@ -306,11 +309,8 @@ def _stretch(item: Work) -> Stretch:
 
 
 def _check_sizes(pages: int, max_running: int, max_batch_tokens: int, drafts: int) -> None:
-    for name, value in (
-        ("pages", pages),
-        ("max_running", max_running),
-        ("max_batch_tokens", max_batch_tokens),
-    ):
+    sizes = {"pages": pages, "max_running": max_running, "max_batch_tokens": max_batch_tokens}
+    for name, value in sizes.items():
         if value < 1:
             raise InputError(f"{name}: expected at least 1, got {value}")
     if max_batch_tokens < max_running:

@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longforge.engine.transfer import to_device
+from longforge.engine.transfer import copy_into
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
@@ -134,6 +134,17 @@ class DecodeGraphs:
         (hidden,) = graph.run(self._capture, self._draft)
         return hidden[: len(batch.ids)].clone()
 
+    def warm_up(self, most_paths: int) -> None:
+        """Captures the buckets of up to so many paths and short prefixes, on padding alone."""
+        nothing = np.zeros(0, dtype=np.int64)
+        batch = Batch(nothing, nothing, nothing, nothing, np.zeros((0, 0), dtype=np.int32))
+        for bucket in _shortest(min(most_paths, MOST_PATHS), self._rows_per_path, self._cache.block_size):
+            for graphs, function in ((self._steps, self._forward), (self._drafts, self._draft)):
+                if bucket not in graphs and (graphs is self._steps or self._rows_per_path > 1):
+                    graph = graphs[bucket] = self._graph(bucket)
+                    graph.inputs.fill(batch, self._scratch)
+                    graph.run(self._capture, function)
+
     def _graph(self, bucket: Bucket) -> "_Graph":
         return _Graph(_Inputs(bucket, self._model))
 
@@ -189,7 +200,7 @@ class _Inputs:
         table[:-1] = -1
         table[-1] = scratch
         table[: len(batch.page_table), : batch.page_table.shape[1]] = batch.page_table
-        self._all.copy_(to_device(words, self._all.device))
+        copy_into(self._all, words)
 
     def _rows(self, words: Any, part: int) -> Any:
         return words[part * self._part : part * self._part + self.bucket.rows]
@@ -215,19 +226,21 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        # One for all captures: libraries keep a workspace for each stream.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """Runs the function a few times and captures it."""
         with torch.cuda.device(self._device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     function()
-            current.wait_stream(aside)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Threads that copy pages to slower tiers may go on meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 outputs = function()
             self._pool = self._pool or graph.pool()
 
@@ -253,6 +266,18 @@ def capture_for(model: CausalLM, wanted: bool) -> Capture | None:
         and find_spec("triton") is not None
     )
     return CudaCapture(model.device) if fits else None
+
+
+def _shortest(most_paths: int, rows_per_path: int, block_size: int) -> list[Bucket]:
+    """The buckets of each number of paths and rows with the narrowest tables, largest first: the memory that
+    their graphs take, the others use again."""
+    buckets = list[Bucket]()
+    paths = _power_of_two(most_paths)
+    while paths:
+        for rows in sorted({paths * rows_per_path, paths}, reverse=True):
+            buckets.append(Bucket(paths, rows, _power_of_two(-(-rows // block_size))))
+        paths //= 2
+    return buckets
 
 
 def _power_of_two(n: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longforge.engine.graphs import Batch, Capture, DecodeGraphs
+from longforge.engine.graphs import Batch, DecodeGraphs, capture_for
 from longforge.engine.sequence import Sequence
 from longforge.engine.transfer import to_device
 from longforge.kernels.layout import PackedLayout
@@ -35,8 +35,8 @@ class Stretch:
 class Runner:
     """The model, its pages and the page table. Rows of the table belong to running sequences.
 
-    drafts: the most that are verified with a token. capture: how small batches become CUDA graphs, if they
-    do; the cache then has one page more, for padding.
+    drafts: the most that are verified with a token. cuda_graphs: whether small batches become CUDA graphs,
+    where the model allows it; the cache then has one page more, for padding.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class Runner:
         max_running: int,
         context: int,
         drafts: int = 0,
-        capture: Capture | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.device = model.device
         self.block_size = model.config.block_size
+        capture = capture_for(model, cuda_graphs)
         held = pages if capture is None else pages + 1
         self.cache = KVCache(model.config, held, model.device, model.dtype, drafts=drafts > 0)
         self._graphs: DecodeGraphs | None = None
@@ -64,6 +65,12 @@ class Runner:
         self._few = FewTokens(model, self.cache, FEW) if compiled else None
         """What runs few tokens faster on a CPU."""
         self._page_table = np.full((max_running, -(-context // self.block_size)), -1, dtype=np.int32)
+
+    def warm_up(self) -> None:
+        """Captures graphs of short prefixes ahead of time, where there are graphs."""
+        if self._graphs is not None:
+            with torch.inference_mode():
+                self._graphs.warm_up(len(self._page_table))
 
     def show_pages(self, sequence: Sequence, known: int) -> int:
         """Writes a sequence's pages behind the first `known` into its row. Returns how many it has."""

@@ -145,7 +145,7 @@ def _weights(x: Tensor) -> Tensor:
 def _powers(device: torch.device) -> Tensor:
     # Outside inference mode, so that it may be used anywhere.
     with torch.inference_mode(False):
-        return torch.tensor(POWERS, dtype=torch.float64, device=device)
+        return to_device(np.array(POWERS), device)
 
 
 def _inside(ordered: Tensor, asked: _Asked) -> Tensor:

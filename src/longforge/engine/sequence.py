@@ -1,14 +1,17 @@
 """A request inside the engine."""
 
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longforge.engine.draft_state import DraftState
-from longforge.engine.grammar import Matcher
 from longforge.engine.request import GenerationRequest, PromptToken
 from longforge.engine.sampler import TokenCounts
+
+if TYPE_CHECKING:
+    from longforge.engine.grammar import Matcher
 
 __all__ = ["Sequence"]
 

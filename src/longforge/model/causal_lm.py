@@ -128,6 +128,8 @@ class CausalLM(nn.Module):
         weight = self.head_weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
+            if _multiplied_wide(hidden, weight):
+                return torch.mm(hidden, weight.t(), out_dtype=wide)
             return F.linear(hidden.to(wide), weight.to(wide))
 
     def mtp_packed(
@@ -248,6 +250,13 @@ class CausalLM(nn.Module):
             raise InputError(
                 "cache: it is written in place and carries no gradient; call under torch.no_grad()"
             )
+
+
+def _multiplied_wide(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU multiplies both as they are, with products and sums in fp32: no copy of the head in fp32
+    is made."""
+    halves = hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16)
+    return halves and hidden.is_cuda and hidden.dim() == 2 and not torch.is_grad_enabled()
 
 
 def _output(hidden: Tensor, step: Step) -> PackedOutput:
