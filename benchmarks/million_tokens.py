@@ -4,10 +4,12 @@
 
 A model in bf16 with its context raised reads random token ids through the engine, chunk by chunk; what it
 answers has no meaning, what it costs has. Without --model it is one of random weights with two of M3's sparse
-layers (heads of 128, blocks of 128, 16 selected) of one GQA group of 16 heads: the shipped model's heads of 32
-in groups of two and its full first layer make a million tokens a matter of hours on two cores. Every chunk's seconds are kept, the file is written again
-every few chunks, so whatever stops the run leaves what was measured. Afterwards: the decode rate behind the
-prompt, the time to the first token of the same prompt from the prefix cache, and the highest memory.
+layers (heads of 128, blocks of 128, 16 selected) and one GQA group of 16 heads: with the shipped model's
+heads of 32 in groups of two and its full first layer a million tokens are a matter of hours on two cores.
+
+Every chunk's seconds are kept, the file is written again every few chunks, so whatever stops the run leaves
+what was measured. Afterwards: the decode rate behind the prompt, the time to the first token of the same
+prompt from the prefix cache, and the highest memory.
 
 Seconds per token are fitted with a + b * position. What attention must compute grows with the position in two
 places: full attention of the first layer (4 * heads * head_dim FLOPs for each key) and the index scan of the
