@@ -39,7 +39,7 @@ def serve(
     drafts: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens that the model's MTP module guesses ahead of each answer (default: 2).",
+            help="Most tokens that the model's MTP module guesses ahead of each answer (default: 0).",
             min=0,
             max=3,
         ),

@@ -1,5 +1,6 @@
 """What steps and draft passes cost on this machine: measured once, on an idle engine."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from longforge.engine.request import GenerationRequest
 from longforge.engine.runner import Runner, Stretch
 from longforge.engine.sequence import Sequence
 
-__all__ = ["GUESSED_COSTS", "measured_costs"]
+__all__ = ["GUESSED_COSTS", "PLAIN", "measured_costs"]
 
 GUESSED_COSTS = DraftCosts()
 """Until they are measured."""
+
+PLAIN = DraftCosts(rows=(1,), step=(1.0,), draft=(math.inf,))
+"""Under these nothing is guessed."""
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64)
 REPEATS = 5

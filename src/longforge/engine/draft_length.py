@@ -6,7 +6,7 @@ rows to verify and k passes of the draft module.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["DraftCosts", "best_length", "expected_tokens"]
@@ -31,18 +31,24 @@ class DraftCosts:
         """A pass of the draft module over so many rows."""
         return _between(self.rows, self.draft, rows)
 
+    def seconds(self, batch: int, length: int) -> float:
+        """A step of `batch` requests that verifies and makes `length` guesses for each."""
+        return self.of_step(batch * (1 + length)) + (length and length * self.of_draft(batch))
+
 
 def expected_tokens(acceptance: float, length: int) -> float:
     """Tokens that a step with `length` guesses yields."""
     return sum(acceptance**place for place in range(length + 1))
 
 
-def best_length(acceptance: float, costs: DraftCosts, batch: int, most: int) -> int:
-    """The number of guesses, 0 to `most`, that promises most tokens a second for requests in such a batch."""
-    best, best_rate = 0, 1.0 / costs.of_step(batch)
+def best_length(acceptance: float, seconds: Callable[[int], float], most: int) -> int:
+    """The number of guesses, 0 to `most`, that promises most tokens a second.
+
+    seconds: of a step with so many guesses, verified and made.
+    """
+    best, best_rate = 0, 1.0 / seconds(0)
     for length in range(1, most + 1):
-        seconds = costs.of_step(batch * (1 + length)) + length * costs.of_draft(batch)
-        rate = expected_tokens(acceptance, length) / seconds
+        rate = expected_tokens(acceptance, length) / seconds(length)
         if rate > best_rate * WORTH:
             best, best_rate = length, rate
     return best

@@ -17,23 +17,56 @@ from torch import Tensor
 
 from longforge.engine.draft_length import DraftCosts, best_length
 from longforge.engine.runner import Runner, Stretch
+from longforge.engine.scheduler import Work
 from longforge.engine.sequence import Sequence
 from longforge.engine.transfer import to_device
 from longforge.errors import InputError
 
 __all__ = ["Drafter"]
 
+JUDGE_EVERY = 4
+"""Verifications after which the number of guesses is thought over."""
+
+SEEN_RATE = 0.1
+"""Weight of the newest step in the running estimate of what one takes."""
+
 PROBE_TOKENS = 32
 """A request that drafts nothing tries one token again after so many."""
 
 
 class Drafter:
-    """Guesses up to `most` tokens for each request. costs: what decides how many are worth it."""
+    """Guesses up to `most` tokens for each request.
 
-    def __init__(self, runner: Runner, most: int, costs: DraftCosts) -> None:
+    costs: what decides how many are worth it, until steps have been seen; observe: whether to go by these.
+    """
+
+    def __init__(self, runner: Runner, most: int, costs: DraftCosts, *, observe: bool) -> None:
         self._runner = runner
         self.most = most
         self.costs = costs
+        self._observe = observe
+        self._seen: dict[tuple[int, int], float] = {}
+        """Seconds of steps by (requests, guesses of each)."""
+
+    def saw(self, work: Seq[Work], seconds: float) -> None:
+        """A whole step took so long. It tells something where all its requests did the same: generate, and
+        verify as many guesses as they made."""
+        lengths = {len(item.drafts) for item in work} | {len(item.sequence.drafts) for item in work}
+        if self._observe and len(lengths) == 1 and all(item.tokens == 1 for item in work):
+            key = (len(work), lengths.pop())
+            before = self._seen.get(key, seconds)
+            self._seen[key] = before + SEEN_RATE * (seconds - before)
+
+    def forget(self) -> None:
+        """Steps seen so far do not count."""
+        self._seen.clear()
+
+    def _seconds(self, batch: int, length: int) -> float:
+        """Of such a step: as seen; if not, by the costs, in proportion to what was seen without guesses."""
+        if (batch, length) in self._seen:
+            return self._seen[batch, length]
+        plain = self.costs.seconds(batch, 0)
+        return self.costs.seconds(batch, length) * self._seen.get((batch, 0), plain) / plain
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence was let in: its first `computed` tokens are on its pages, draft keys included."""
@@ -66,10 +99,7 @@ class Drafter:
                 hidden = self._again([filled[p] for p in guessing], [guesses[p] for p in guessing], hidden)
             else:
                 hidden = self._runner.rows(hidden, guessing)
-            logits = self._runner.logits(hidden)
-            for row, place in enumerate(guessing):
-                _forbid(logits[row], filled[place], guesses[place])
-            tokens = logits.argmax(dim=-1).tolist()
+            tokens = self._likeliest(hidden, [filled[p] for p in guessing], [guesses[p] for p in guessing])
             for place, token in zip(guessing, tokens, strict=True):
                 guesses[place].append(token)
             going = [row for row, p in enumerate(guessing) if lengths[filled[p]] > step + 1]
@@ -78,12 +108,28 @@ class Drafter:
         for sequence, guess in zip(filled, guesses, strict=True):
             sequence.drafts = _worth_verifying(sequence, guess)
 
+    def _likeliest(self, hidden: Tensor, sequences: Seq[Sequence], guesses: Seq[Seq[int]]) -> list[int]:
+        """The next guess of each, within its grammar."""
+        if all(sequence.matcher is None for sequence in sequences):
+            return self._runner.likeliest(hidden)
+        logits = self._runner.logits(hidden)
+        for row, (sequence, guess) in enumerate(zip(sequences, guesses, strict=True)):
+            _forbid(logits[row], sequence, guess)
+        return logits.argmax(dim=-1).tolist()
+
     def _length(self, sequence: Sequence, batch: int) -> int:
         if sequence.generated == 0:
             return 0
         state = sequence.drafting
         most = min(self.most, sequence.limit - sequence.known - 1)
-        length = best_length(state.acceptance, self.costs, batch, most)
+        if state.judged != (batch, state.verified // JUDGE_EVERY):
+            state.judged = (batch, state.verified // JUDGE_EVERY)
+            state.length = best_length(
+                state.acceptance, lambda length: self._seconds(batch, length), self.most
+            )
+        if (batch, 0) not in self._seen and self._observe and state.verified > JUDGE_EVERY:
+            state.length = 0  # a look at what a step without guesses takes
+        length = min(state.length, most)
         state.idle_tokens = 0 if length else state.idle_tokens + 1
         if state.idle_tokens >= PROBE_TOKENS and most > 0:
             state.idle_tokens = 0
@@ -104,11 +150,13 @@ class Drafter:
             # Who ends has no page for the pair of its last token, nor any use for it.
             end = sequence.computed + (sequence not in ending)
             stretches.append(Stretch(sequence, state.done, sequence.ids[state.done : end]))
-            before.append(torch.cat(state.pending)[: end - state.done])
+            pending = state.pending[0] if len(state.pending) == 1 else torch.cat(state.pending)
+            before.append(pending[: end - state.done])
             rows += end - state.done
             ends.append(rows - 1)
             state.done, state.pending = end, []
-        return self._runner.rows(self._runner.run_drafts(stretches, torch.cat(before)), ends)
+        states = before[0] if len(before) == 1 else torch.cat(before)
+        return self._runner.rows(self._runner.run_drafts(stretches, states), ends)
 
     def _again(self, sequences: Seq[Sequence], guesses: Seq[Seq[int]], hidden: Tensor) -> Tensor:
         stretches = [

@@ -8,7 +8,6 @@ Not thread-safe: one thread owns an engine (in the server, `server.engine_loop`)
 """
 
 import secrets
-import statistics
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from longforge.engine.draft_costs import GUESSED_COSTS, measured_costs
+from longforge.engine.draft_costs import GUESSED_COSTS, PLAIN, measured_costs
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.drafts import Drafter
 from longforge.engine.page_mover import PageMover, TierSettings
@@ -86,7 +85,10 @@ class Engine:
             drafts=drafts,
             cuda_graphs=cuda_graphs,
         )
-        self._drafter = Drafter(self._runner, drafts, draft_costs or GUESSED_COSTS) if drafts else None
+        self._drafter = None
+        if drafts:
+            costs = draft_costs or GUESSED_COSTS
+            self._drafter = Drafter(self._runner, drafts, costs, observe=draft_costs is None)
         wanted = prefix_cache and tiers is not None and (tiers.host_bytes or tiers.folder)
         self._mover = PageMover(tiers, self._runner, self._cache) if wanted and tiers else None
         self._scheduler = Scheduler(
@@ -156,6 +158,7 @@ class Engine:
 
         A request that fails by its own fault ends with RequestFailed, the others go on. Empty without work.
         """
+        started = time.perf_counter()
         work = self._scheduler.schedule()
         if not work:
             return []
@@ -164,7 +167,6 @@ class Engine:
             self._show_pages(item.sequence)
         reported = any(item.sequence.request.report_blocks for item in work)
         blocks = list[Tensor]() if reported else None
-        started = time.perf_counter()
         hidden = self._runner.run([_stretch(item) for item in work], blocks)
         self._count_prompts(work, started)
         events, ended = self._results.take(work, hidden, blocks)
@@ -176,6 +178,8 @@ class Engine:
         for sequence in ended:
             del self._sequences[sequence.request.id]
             self._scheduler.remove(sequence)
+        if self._drafter is not None and not ended:
+            self._drafter.saw(work, time.perf_counter() - started)
         return events
 
     def swap_weights(self, state: Mapping[str, Tensor], version: int) -> None:
@@ -254,23 +258,25 @@ class Engine:
         self._runner.warm_up()
         self._step_seconds()
         if self._drafter is not None and self._drafter.costs is GUESSED_COSTS:
+            self._drafter.costs = PLAIN
             self._drafter.costs = measured_costs(
                 self._runner, self._step_seconds(), self._cache.pool.total, self._max_running
             )
+            self._drafter.forget()
         self._steps = self._prompt_tokens = 0
         self._results = Results(self._runner, self.version)
 
     def _step_seconds(self) -> float:
-        """Median seconds of a step of one short request, alone."""
-        prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 8))
-        params = SamplingParams(max_tokens=6, temperature=0.0)
+        """Seconds of a step of one short request, alone: the lower quartile."""
+        prompt = (0,) * max(1, min(self.config.block_size + 1, self.context - 32))
+        params = SamplingParams(max_tokens=32, temperature=0.0)
         self.submit(GenerationRequest("warm-up", prompt, params, cache=False))
         seconds = []
         while self.has_work:
             started = time.perf_counter()
             self.step()
             seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+        return sorted(seconds)[len(seconds) // 4]
 
     def _adopt(self, sequence: Sequence) -> None:
         """Says where a sequence without pages will find and leave some: under the weights of now."""

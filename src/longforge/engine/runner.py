@@ -21,6 +21,9 @@ __all__ = ["Runner", "Stretch"]
 FEW = 64
 """Tokens up to which a step counts as one of few tokens."""
 
+LONG = 131_072
+"""Position from which on the operators' scans of the prefix win more than their starts cost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -90,7 +93,7 @@ class Runner:
         Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
         """
         batch = self._pack(stretches)
-        if self._few is not None and len(batch.ids) <= FEW:
+        if self._few is not None and _is_little(batch):
             hidden = self._few.hidden(*batch)
             if blocks is not None:
                 blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
@@ -125,10 +128,16 @@ class Runner:
         with torch.inference_mode():
             return self.model.logits(hidden)
 
+    def likeliest(self, hidden: Tensor) -> list[int]:
+        """The token of the highest logit for each row of hidden [B, d]; ties to the lower id."""
+        if self._few is not None and len(hidden) <= FEW:
+            return self._few.likeliest(hidden)
+        return self.logits(hidden).argmax(dim=-1).tolist()
+
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
         batch = self._pack(stretches)
-        if self._few is not None and len(batch.ids) <= FEW:
+        if self._few is not None and _is_little(batch):
             return self._few.mtp(0, before, *batch)
         with torch.inference_mode():
             drafted = None if self._graphs is None else self._graphs.draft(batch, before)
@@ -172,6 +181,8 @@ class Runner:
 
     def _pack(self, stretches: Seq[Stretch]) -> Batch:
         """Ids and their layout, on the host."""
+        if len(stretches) == 1:
+            return self._pack_one(stretches[0])
         counts = np.array([len(s.ids) for s in stretches], dtype=np.int64)
         starts = np.array([s.start for s in stretches], dtype=np.int64)
         ends = counts.cumsum()
@@ -186,10 +197,23 @@ class Runner:
             table[paths, positions // self.block_size] * np.int64(self.block_size)
             + positions % self.block_size
         )
-        ids = stretches[0].ids if len(stretches) == 1 else np.concatenate([s.ids for s in stretches])
-        return Batch(ids, positions, paths, slots, table)
+        return Batch(np.concatenate([s.ids for s in stretches]), positions, paths, slots, table)
+
+    def _pack_one(self, stretch: Stretch) -> Batch:
+        """The same of one stretch, with less ado: a single answer waits for it at every token."""
+        size, row = self.block_size, stretch.sequence.row
+        end = stretch.start + len(stretch.ids)
+        positions = np.arange(stretch.start, end)
+        table = self._page_table[row : row + 1, : (end - 1) // size + 1]
+        slots = table[0, positions // size] * np.int64(size) + positions % size
+        return Batch(stretch.ids, positions, np.zeros(len(positions), np.int64), slots, table)
 
     def _moved(self, batch: Batch) -> tuple[Tensor, PackedLayout]:
         """Ids int64 [N] and their layout, on the device."""
         ids, positions, paths, slots, table = (to_device(part, self.device) for part in batch)
         return ids, PackedLayout(positions, paths, slots, table, self.block_size)
+
+
+def _is_little(batch: Batch) -> bool:
+    """Whether a batch is one for the compiled step: few tokens, none of them far into a long prefix."""
+    return len(batch.ids) <= FEW and int(batch.positions.max()) < LONG

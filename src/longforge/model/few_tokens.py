@@ -33,9 +33,9 @@ __all__ = ["FewTokens"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
-ALONE = 1 << 24
-"""Multiply-adds up to which one thread works alone: about 1 ms. Two would save less than a busy machine
-loses by waiting for the second."""
+ALONE = 1 << 20
+"""Multiply-adds up to which one thread works alone. On free cores two are faster from one row of the shipped
+model on (`kernels/few_tokens/NOTES.md`); where cores are not free, `longforge serve` takes one thread."""
 
 
 class FewTokens:
@@ -127,8 +127,15 @@ class FewTokens:
         given = hidden.detach().float().contiguous().numpy()
         return self._step(module, ids, (positions, paths, slots, page_table), given)
 
+    def likeliest(self, hidden: Tensor) -> list[int]:
+        """The token of the highest logit for each row of hidden [B, d]; ties to the lower id."""
+        return self._logits(hidden).argmax(axis=1).tolist()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [B, V] of hidden [B, d], as `CausalLM.logits`."""
+        return torch.from_numpy(self._logits(hidden))
+
+    def _logits(self, hidden: Tensor) -> np.ndarray:
         m, vocab, d = self._tables, self.model.config.vocab_size, self.model.config.hidden_size
         x = hidden.detach().float().contiguous()
         if pad(d) > d:
@@ -140,7 +147,7 @@ class FewTokens:
         else:
             with parallel_region(out.size * d):
                 head(max(1, min(4 * numba.get_num_threads(), vocab // 8)), *arguments)
-        return torch.from_numpy(out)
+        return out
 
     def _step(
         self, module: int, ids: np.ndarray, layout: tuple[np.ndarray, ...], hidden: np.ndarray

@@ -42,7 +42,7 @@ POOL_REQUESTS = 16
 
 POOL_BYTES = 4 * 2**30
 
-DEFAULT_DRAFTS = 2
+DEFAULT_DRAFTS = 0
 """Most tokens guessed ahead where nothing else was asked for and the model has a module to guess with."""
 
 
