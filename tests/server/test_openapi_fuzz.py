@@ -109,4 +109,5 @@ def test_no_made_up_request_breaks_the_server(served: Any, path: str, method: st
 @pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda part: str(part).strip("/"))
 def test_no_made_up_request_of_many_breaks_the_server(served: Any, path: str, method: str):
     answered = fuzz(served, path, method, 150)
-    assert 200 in answered or path in NEVER_RIGHT, "some must be served, or nothing was tried"
+    named = "{" in path or "count_tokens" in path  # nothing of a made-up name is there to be served
+    assert 200 in answered or named or path in NEVER_RIGHT, "some must be served, or nothing was tried"
