@@ -236,10 +236,12 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     ends = np.array([0.0, x[-1]])
     axis.plot(ends, 1e6 * (fit["a"] + fit["b"] * ends), color="#0b5394", label=_fit_text(fit))
     rate, bottom = result["matmul_flops_per_second"], np.zeros(2)
-    names = {"full_attention": "full attention of the first layer", "index_scan": "index scan"}
+    names = {"full_attention": "full attention", "index_scan": "scores of index keys"}
     for (key, flops), colour in zip(
         result["flops_per_token_and_position"].items(), ("#f6b26b", "#ffe0b8"), strict=True
     ):
+        if not flops:
+            continue
         top = bottom + 1e6 * flops * ends / rate
         label = f"limit: {names[key]} at {rate / 1e9:.0f} GFLOP/s"
         axis.fill_between(ends, bottom, top, color=colour, linewidth=0, label=label)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from longforge.errors import ContextOverflow, InputError, LongforgeError
 from longforge.protocol import SamplingParams, StopReason
@@ -36,8 +37,7 @@ class PromptToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One sampled token of one request."""
 
     request_id: str

@@ -1,7 +1,7 @@
 """From a step's hidden states to events: sampling, acceptance of drafts, and why requests end."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -167,8 +167,7 @@ class Results:
         return tuple(np.bincount(chosen[chosen >= 0].astype(np.int64)).tolist())
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """One work's rows in the packed batch: `start` is its first, `sampled` those that are sampled."""
 
     work: Work

@@ -1,7 +1,7 @@
 """Turns stretches of tokens into one packed batch and runs the model on it."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ LONG = 131_072
 """Position from which on the operators' scans of the prefix win more than their starts cost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Adjacent tokens of one sequence that go through the model together."""
 
     sequence: Sequence

@@ -17,8 +17,7 @@ beside what runs; a head of a strictly better priority pushes out the last of th
 import heapq
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,7 @@ from longforge.engine.sequence import Sequence
 __all__ = ["Scheduler", "Work"]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """The next `tokens` uncomputed tokens of a sequence and, behind them, its drafts.
 
     `samples` if the tokens are the last known ones; only then are there drafts.
