@@ -154,6 +154,22 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_drafts(build, layout
         assert torch.equal(hidden, results[0][at][0])
 
 
+def test_a_row_beside_one_of_a_much_longer_prefix_has_its_own_bits(build, layout):
+    """Beyond 32,768 positions spans are longer: a row before that has more spans than the last one."""
+    lm = build("m2", block_size=64, max_positions=40_000)
+    blocks = 33_000 // 64 + 1
+    table = torch.arange(2 * blocks).view(2, blocks).to(torch.int32)
+    cache = new_cache(lm, 2 * blocks)
+    for pool in (*cache.k, *cache.v):
+        assert pool is not None
+        pool.normal_()
+    few, ids = FewTokens(lm, cache), torch.tensor([5, 7])
+    chunks = [(0, 32_700, 32_701), (1, 32_999, 33_000)]
+    both = run(few, ids, layout(chunks, table, 64))
+    for i, chunk in enumerate(chunks):
+        assert torch.equal(both[i], run(few, ids[i : i + 1], layout([chunk], table, 64))[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_changes_no_bit(build, layout, monkeypatch, dtype):
     lm = build("wide", dtype)

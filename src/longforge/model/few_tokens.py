@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longforge.errors import InputError
-from longforge.kernels.few_tokens.attention import spans_of
+from longforge.kernels.few_tokens.attention import CHUNK, SPANS
 from longforge.kernels.few_tokens.rooms import pad, rooms_for
 from longforge.kernels.few_tokens.step import (
     PHASES_OF_LAYER,
@@ -157,9 +157,9 @@ class FewTokens:
             raise InputError(f"few tokens: from 1 to {self.max_tokens} tokens expected, got {n}")
         t = self._tables
         last = int(layout[0].max())
-        _, size, _ = spans_of(last, c.max_positions, c.block_size)
         blocks = last // c.block_size + 1
-        spans = min(64, -(-blocks // size))
+        # Spans grow with the prefix: the row with most of them need not be the last, see `spans_of`.
+        spans = min(SPANS, -(-blocks // max(1, CHUNK // c.block_size)))
         ranked = c.has("sparse") and blocks > c.top_k_blocks
         maxima = np.empty((n, c.kv_heads, blocks if ranked else 0), np.float32)
         parts = np.empty(n * c.heads * spans * (c.head_dim + 2), np.float32)
