@@ -183,3 +183,25 @@ def test_a_bug_in_the_engine_fails_every_request_and_hangs_none():
         loop.stop()
 
     asyncio.run(scenario())
+
+
+def test_an_operator_who_gives_up_waiting_does_no_harm():
+    """The command is cancelled while it waits behind a step; the engine skips it and goes on."""
+    engine_loop, go = EngineLoop(Engine(small_model(), pages=9)), threading.Event()
+
+    def block() -> None:
+        go.wait(60)
+
+    async def give_up() -> None:
+        engine_loop.start()
+        engine_loop._command(block)
+        waiting = asyncio.ensure_future(engine_loop.reset_cache())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        go.set()
+        assert await engine_loop.reset_cache() == 0
+
+    asyncio.run(give_up())
+    engine_loop.stop()
+    assert not engine_loop.crashed

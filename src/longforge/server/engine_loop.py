@@ -248,6 +248,8 @@ class EngineLoop:
                 if not self._commands:
                     return
                 action, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked for it has gone
             try:
                 action()
             except LongforgeError as error:
@@ -284,7 +286,8 @@ class EngineLoop:
             left = [future for _, future in self._commands]
             self._commands.clear()
         for future in left:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for generation in self._generations.values():
             generation.fail(error)
         self._announce(list(self._generations.values()))
