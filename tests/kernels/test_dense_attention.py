@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         attend(inputs, window=0)
     with pytest.raises(InputError, match="as many queries as the layout has tokens"):
         attend(replace(inputs, q=inputs.q[1:]))
-    with pytest.raises(InputError, match="one of cpu, reference expected, got 'triton'"):
+    with pytest.raises(InputError, match="one of cpu, few_queries, reference expected, got 'triton'"):
         attend(inputs, "triton")
 
 

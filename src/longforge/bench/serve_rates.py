@@ -65,6 +65,8 @@ def decode_rate(times: Sequence[Sequence[float]]) -> float:
     times: of each request, when each of its tokens was there, in seconds. Counted is what comes after the
     last request's first token, so that no prompt is in it.
     """
-    begin = max(of[0] for of in times)
+    begin, end = max(of[0] for of in times), max(of[-1] for of in times)
+    if begin == end:  # so short that one was over before another began
+        begin = min(of[0] for of in times)
     tokens = sum(at > begin for of in times for at in of)
-    return tokens / (max(of[-1] for of in times) - begin)
+    return tokens / max(end - begin, 1e-6)
