@@ -141,6 +141,26 @@ def test_a_broken_request_leaves_the_others_unharmed_and_its_pages_clean():
         assert [said[str(i)] for i in range(len(fine))] == expected
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_broken_prompt_whose_log_probabilities_are_asked_for_ends_alone(drafts: int):
+    model = small_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    engine = Engine(model, pages=30, max_running=2, max_batch_tokens=6, drafts=drafts)
+    fine = tuple(token for token in tokens(10, 1) if token != 7)
+    expected = ids(one(engine, fine))
+    judged = SamplingParams(max_tokens=4, prompt_logprobs=1)
+    engine.submit(GenerationRequest("broken", (3, 7, *tokens(20, 2)), judged))
+    engine.submit(GenerationRequest("fine", fine, GREEDY))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+        engine.check_pages()
+    failures = [event for event in events if isinstance(event, RequestFailed)]
+    assert [failure.request_id for failure in failures] == ["broken"]
+    assert [event.token_id for event in events if not isinstance(event, RequestFailed)] == expected
+
+
 @pytest.mark.parametrize("settings", ["host", "files"])
 def test_evicted_pages_come_back_from_the_slower_tiers(settings: str, tmp_path: Path):
     tiers = TierSettings(2**20) if settings == "host" else TierSettings(folder=tmp_path / "pages")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longforge.engine import Engine, GenerationRequest, TokenEvent
+from longforge.engine.draft_costs import PLAIN
 from longforge.engine.draft_length import DraftCosts, best_length, expected_tokens
 from longforge.engine.grammar import Grammars
 from longforge.errors import InputError
@@ -153,3 +154,12 @@ def test_drafted_events_come_in_order_and_the_last_one_ends_the_request():
     assert max(len(batch) for batch in batches) > 1
     events = [event for batch in batches for event in batch if isinstance(event, TokenEvent)]
     assert len(events) == 50 and [bool(e.stop_reason) for e in events] == [False] * 49 + [True]
+
+
+def test_what_waits_for_the_draft_module_keeps_no_large_steps_hidden_states():
+    engine = Engine(small_model(max_positions=512), pages=140, drafts=1, draft_costs=PLAIN)
+    engine.submit(GenerationRequest("short", tokens(3, 1), SamplingParams(max_tokens=20)))
+    engine.submit(GenerationRequest("long", tokens(401, 2), SamplingParams(max_tokens=20)))
+    engine.step()
+    short = engine._scheduler.running[0].drafting.pending
+    assert len(short) == 2 and short[-1].untyped_storage().nbytes() == 3 * 24 * 4

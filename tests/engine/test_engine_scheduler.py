@@ -151,3 +151,43 @@ def test_at_least_one_token_is_computed_however_much_is_found():
         plan.step()
     assert plan.count == 2 and one.cached_tokens == 4 and one.known == 9
     assert np.array_equal(one.ids, np.ones(9))
+
+
+def test_drafts_never_take_the_one_token_of_another_that_runs():
+    plan = Plan(30, max_running=3, max_batch_tokens=4)
+    asked = [plan.add(name, 1, 20) for name in ("one", "two", "three")]
+    plan.step()
+    for one in asked:
+        one.drafts = (7, 8)
+    assert [(w.tokens, w.drafts) for w in plan.scheduler.schedule()] == [(1, (7,)), (1, ()), (1, ())]
+
+
+def test_a_prompt_in_chunks_goes_on_however_much_the_answers_behind_it_draft():
+    plan = Plan(30, max_running=2, max_batch_tokens=2)
+    plan.add("answers", 1, 20, priority=1)
+    plan.step()
+    plan.add("prompt", 9, 2)
+    for sequence in plan.scheduler.running:
+        sequence.drafts = (7, 8)
+    assert [(w.sequence.request.id, w.tokens, w.drafts) for w in plan.scheduler.schedule()] == [
+        ("answers", 1, (7,))
+    ]
+    for sequence in plan.scheduler.running:
+        sequence.drafts = ()
+    plan.step()
+    for sequence in plan.scheduler.running:
+        sequence.drafts = (7, 8) if sequence.generated else ()
+    assert {w.sequence.request.id: w.tokens for w in plan.scheduler.schedule()} == {"answers": 1, "prompt": 1}
+
+
+def test_its_own_pages_do_not_count_as_found_when_a_request_comes_back():
+    plan = Plan(7, max_batch_tokens=3)
+    old, young = plan.add("old", 4, 20, first=2), plan.add("young", 17, 2, first=3)
+    old.root = young.root = "root"
+    while not plan.scheduler.preemptions:
+        plan.step()
+    assert not young.generated
+    while young.row < 0:
+        plan.step()
+    plan.drain()
+    assert young.cached_tokens == plan.scheduler.hit_tokens == 0 and plan.scheduler.queried_tokens == 21

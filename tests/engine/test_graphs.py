@@ -13,7 +13,7 @@ from longforge.engine.graphs import Batch, Bucket, DecodeGraphs, bucket_of, capt
 from longforge.model import CausalLM
 from longforge.model.cache import KVCache
 from small_batches import BATCHES, BLOCK, DRAFTS, PAGES, batch_of, layout_of, rows_of
-from small_engine import one, run, tokens
+from small_engine import ids, one, run, tokens
 from small_model import small_model
 
 
@@ -155,8 +155,9 @@ def test_warming_up_captures_short_prefixes_and_changes_nothing(monkeypatch: pyt
     engine = Engine(small_model(), pages=24, max_running=3, drafts=drafts)
     engine.warm_up()
     captured = capture.captures
-    warm = one(engine, tokens(3, 1))  # where it guesses otherwise, other rows are multiplied together
-    assert [event.token_id for event in warm] == [event.token_id for event in cold]
+    warm = one(engine, tokens(3, 1))
+    assert ids(warm) == ids(cold)
+    # How many rows go together depends on what steps take, and the last bits of logits on that.
     torch.testing.assert_close([e.logprob for e in warm], [e.logprob for e in cold], atol=1e-5, rtol=0)
     # Tables of 1, 2 and 4 pages: with drafts the graphs of all of them are new but the narrowest.
     assert capture.captures - captured <= (8 if drafts else 3)

@@ -97,7 +97,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             spare=drafts,
             restore=self._mover and self._mover.restore,
-            on_preempt=self._adopt,
+            on_preempt=self._preempted,
         )
         self._results = Results(self._runner, model.version)
         self._sequences: dict[str, Sequence] = {}
@@ -162,14 +162,18 @@ class Engine:
         work = self._scheduler.schedule()
         if not work:
             return []
+        planned = time.perf_counter()
         self._steps += 1
         for item in work:
             self._show_pages(item.sequence)
         reported = any(item.sequence.request.report_blocks for item in work)
         blocks = list[Tensor]() if reported else None
         hidden = self._runner.run([_stretch(item) for item in work], blocks)
-        self._count_prompts(work, started)
+        prompts = self._count_prompts(work)
         events, ended = self._results.take(work, hidden, blocks)
+        if self._mover is not None and max(prompts) > 1:
+            # Sampling waits for a GPU; what loading took, in `schedule`, is no prefill.
+            self._mover.saw_prefill(sum(prompts), time.perf_counter() - planned)
         sequences = [item.sequence for item in work]
         if self._drafter is not None:
             self._drafter.propose(sequences, ended)
@@ -205,7 +209,8 @@ class Engine:
                 self._adopt(sequence)
 
     def reset_cache(self) -> int:
-        """Forgets all cached pages; requests that run keep theirs to themselves. Returns how many."""
+        """Forgets all cached pages of the pool; requests that run keep theirs to themselves, and the slower
+        tiers theirs. Returns how many."""
         for sequence in self._scheduler.running:
             sequence.root = None
         return self._cache.forget()
@@ -255,6 +260,7 @@ class Engine:
         drafts cost, unless that was given. Forgets what is cached. The engine must be idle."""
         assert not self.has_work, "warm-up needs an idle engine"
         self.reset_cache()
+        mover, self._mover = self._mover, None  # a step that compiles does not tell what prefill takes
         self._runner.warm_up()
         self._step_seconds()
         if self._drafter is not None and self._drafter.costs is GUESSED_COSTS:
@@ -265,6 +271,7 @@ class Engine:
             self._drafter.forget()
         self._steps = self._prompt_tokens = 0
         self._results = Results(self._runner, self.version)
+        self._mover = mover
 
     def _step_seconds(self) -> float:
         """Seconds of a step of one short request, alone: the lower quartile."""
@@ -284,20 +291,24 @@ class Engine:
             sequence.root = (self.version, sequence.request.tenant)
             sequence.page_keys = []
 
+    def _preempted(self, sequence: Sequence) -> None:
+        sequence.drafting.pending = []
+        self._adopt(sequence)
+
     def _publish(self, sequence: Sequence) -> None:
         before = sequence.published
         self._runner.replace_pages(sequence, self._scheduler.publish(sequence))
         if self._mover is not None:
             self._mover.keep(sequence, range(before, sequence.published))
 
-    def _count_prompts(self, work: list[Work], started: float) -> None:
+    def _count_prompts(self, work: list[Work]) -> list[int]:
+        """Prompt tokens of each, before they are booked."""
         prompts = [
             min(item.tokens, max(0, len(item.sequence.request.prompt_ids) - item.sequence.computed))
             for item in work
         ]
         self._prompt_tokens += sum(prompts)
-        if self._mover is not None and max(prompts) > 1:
-            self._mover.saw_prefill(sum(prompts), time.perf_counter() - started)
+        return prompts
 
     def _show_pages(self, sequence: Sequence) -> None:
         let_in = sequence.shown == 0

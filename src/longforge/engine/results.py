@@ -20,6 +20,9 @@ __all__ = ["Results"]
 SLICE = 512
 """Rows of logits of a prompt that are held at once."""
 
+WHOLE = 256
+"""Rows up to which a step's hidden states may stay as long as any of them is needed."""
+
 
 class Results:
     """What came of the steps so far, and the version of the weights that it came from."""
@@ -39,14 +42,14 @@ class Results:
         Returns the events in order and the sequences that have ended.
         """
         spans = _spans(work)
-        self._judge_prompts(spans, hidden)
         events: list[TokenEvent | RequestFailed] = []
         ended: list[Sequence] = []
         rows, places = [], []
         for span in spans:
             try:
+                self._judge_prompt(span, hidden)
                 rows += _rows(span)
-            except InputError as error:  # its grammar became too much work
+            except (EngineError, InputError) as error:  # no finite logits; its grammar became too much work
                 events.append(self._failure(span.work.sequence, error))
                 ended.append(span.work.sequence)
                 continue
@@ -70,7 +73,7 @@ class Results:
                 sequence.computed += right
                 computed += right
             if self._runner.cache.tail is not None:
-                sequence.drafting.pending.append(hidden[span.start : span.start + computed])
+                sequence.drafting.pending.append(_kept(hidden, span.start, computed))
         return events, ended
 
     def _follow(
@@ -139,23 +142,23 @@ class Results:
         for place in range(right):
             self.accepted_by_place[place] += 1
 
-    def _judge_prompts(self, spans: Seq["_Span"], hidden: Tensor) -> None:
-        """Log-probabilities of prompt tokens, for the requests that asked for them."""
-        for span in spans:
-            sequence = span.work.sequence
-            top = sequence.request.params.prompt_logprobs
-            if top is None:
-                continue
-            judged = sequence.prompt_tokens or [None]
-            # The hidden state of position p judges token p + 1.
-            begin = len(judged) - 1 - sequence.computed
-            end = min(sequence.computed + span.work.tokens, len(sequence.request.prompt_ids) - 1)
-            for start in range(begin, end - sequence.computed, SLICE):
-                stop = min(start + SLICE, end - sequence.computed)
-                logits = self._runner.logits(hidden[span.start + start : span.start + stop])
-                targets = sequence.ids[sequence.computed + start + 1 : sequence.computed + stop + 1]
-                judged += prompt_logprobs(logits, targets.tolist(), top)
-            sequence.prompt_tokens = judged
+    def _judge_prompt(self, span: "_Span", hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens, where a request asked for them. EngineError if logits are not
+        finite."""
+        sequence = span.work.sequence
+        top = sequence.request.params.prompt_logprobs
+        if top is None:
+            return
+        judged = sequence.prompt_tokens or [None]
+        # The hidden state of position p judges token p + 1.
+        begin = len(judged) - 1 - sequence.computed
+        end = min(sequence.computed + span.work.tokens, len(sequence.request.prompt_ids) - 1)
+        for start in range(begin, end - sequence.computed, SLICE):
+            stop = min(start + SLICE, end - sequence.computed)
+            logits = self._runner.logits(hidden[span.start + start : span.start + stop])
+            targets = sequence.ids[sequence.computed + start + 1 : sequence.computed + stop + 1]
+            judged += prompt_logprobs(logits, targets.tolist(), top)
+        sequence.prompt_tokens = judged
 
     def _blocks(self, sequence: Sequence, blocks: Seq[Tensor] | None, row: int) -> tuple[int, ...]:
         """How many groups of all sparse layers selected each block for the token of packed row `row`."""
@@ -173,6 +176,12 @@ class _Span(NamedTuple):
     work: Work
     start: int
     sampled: range
+
+
+def _kept(hidden: Tensor, start: int, count: int) -> Tensor:
+    """Rows of hidden [N, d] for a later step; copied where they would keep a large step's whole tensor."""
+    rows = hidden[start : start + count]
+    return rows.clone() if len(hidden) > WHOLE and 2 * count < len(hidden) else rows
 
 
 def _spans(work: Seq[Work]) -> list[_Span]:

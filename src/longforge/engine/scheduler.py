@@ -128,7 +128,9 @@ class Scheduler:
         """Plans a sequence's next tokens; returns how many of the budget that takes, drafts included."""
         left = sequence.known - sequence.computed
         tokens = min(left, budget)
-        drafts = sequence.drafts[: budget - tokens] if tokens == left else ()
+        # Drafts leave a token for each that runs and has none yet.
+        others = len(self.running) - len(work) - 1
+        drafts = sequence.drafts[: max(0, budget - tokens - others)] if tokens == left else ()
         if tokens == 0 or not self._make_room(sequence, sequence.computed + tokens + len(drafts), work):
             return 0
         work[sequence] = Work(sequence, tokens, drafts, tokens == left)
@@ -178,7 +180,8 @@ class Scheduler:
             self._cache.release(found)
             return False
         found += self._restored(sequence, found)
-        first_time = sequence.generated == 0 and not sequence.cached_tokens
+        # Who comes back finds its own pages.
+        first_time, sequence.admitted = not sequence.admitted, True
         if first_time and sequence.root is not None:
             sequence.cached_tokens = len(found) * self._block_size
             self.queried_tokens += sequence.known

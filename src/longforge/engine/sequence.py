@@ -25,6 +25,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "admitted",
         "arrival",
         "cached_tokens",
         "computed",
@@ -57,6 +58,8 @@ class Sequence:
         self.seed = seed
         self.stops = frozenset(request.params.stop_token_ids)
         self.arrival = arrival
+        self.admitted = False
+        """Whether it was ever let in."""
         self.computed = 0
         self.drafts: tuple[int, ...] = ()
         self.cached_tokens = 0
