@@ -66,6 +66,28 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, end
     assert replies[0].status_code == 503 and "shutting down" in replies[0].text
 
 
+def test_an_address_that_others_reach_without_a_key_is_told(folder: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "longforge.cli",
+        "serve",
+        str(folder),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(10)]
+    finally:
+        process.kill()
+        process.wait()
+    assert "whoever reaches 0.0.0.0 may use this server; --api-key-file" in lines[-1]
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2(folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -100,6 +122,7 @@ def test_the_curl_line_it_prints_works(folder: Path):
         (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--host-cache", "1e9"], "host cache: expected at most"),
+        (["--host-cache", "inf"], "host cache: expected a number of GiB, got inf"),
         (["--file-cache", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )

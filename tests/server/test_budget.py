@@ -38,7 +38,7 @@ def model() -> CausalLM:
     return teach(small_model(max_positions=256, hidden_size=192), dialogues)
 
 
-def run(model: CausalLM, budget: int | None, **options: Any) -> Any:
+def run(model: CausalLM, budget: int | None, *, draining: bool = False, **options: Any) -> Any:
     """(message, reason, sampled ids, thinking tokens) of one turn."""
     options = {"stops": (), "eager": False, "params": GREEDY, **options}
 
@@ -48,6 +48,8 @@ def run(model: CausalLM, budget: int | None, **options: Any) -> Any:
         loop.start()
         service = Service(loop, small_tokenizer(), "small")
         asked = Turn(service, Caller(), TALK, thinking="enabled", thinking_budget=budget, **options)
+        if draining:
+            loop.drain()
         try:
             parts = [part async for part in asked.parts()]
             assert loop.open_requests <= 1, "one request at a time"
@@ -146,3 +148,7 @@ def test_an_answer_under_a_grammar_does_not_end_in_its_thinking(stream: bool):
     fields = Constraint(schema={"type": "object", "properties": {}, "additionalProperties": False})
     texts, _, ids, _ = run(silent, 20, constraint=fields, eager=stream)
     assert tokenizer.eos_id not in ids[:-1] and texts["content"].lstrip().startswith("{")
+
+
+def test_a_server_that_drains_lets_an_answer_go_on_after_its_thinking(model: CausalLM):
+    assert run(model, 5, draining=True) == run(model, 5)

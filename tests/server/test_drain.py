@@ -72,3 +72,13 @@ def test_keys_from_a_file_guard_a_server(folder: Path, tmp_path: Path):
         assert foreign.status_code == 403
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+def test_without_a_limit_draining_ends_when_the_last_answer_does(folder: Path):
+    with longforge_serve(folder, "--drain-seconds", "inf") as (process, url):
+        with HTTP.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert events(lines)[-1] == "[DONE]"
+        assert process.wait(60) == 0

@@ -241,3 +241,14 @@ def test_a_body_without_the_type_of_json_is_a_400(served: Any):
             f"{served.url}/v1/completions", content=json.dumps(BODY), headers={"content-type": kind}
         )
         assert reply.status_code == 400 and "\n" not in reply.json()["error"]["message"]
+
+
+def test_on_a_public_address_without_keys_no_web_page_is_an_operator():
+    assert asyncio.run(ask(Door(), "/pause", "POST")).status_code == 200
+    for origin in ("https://evil.example", "http://localhost:8000"):
+        assert asyncio.run(ask(Door(), "/pause", "POST", origin=origin)).status_code == 403
+
+
+def test_without_its_key_a_server_tells_that_it_lives_and_nothing_of_what_it_did(guarded: Guarded):
+    assert set(HTTP.get(f"{guarded.url}/health").json()) == {"status", "model"}
+    assert "generated_tokens" in HTTP.get(f"{guarded.url}/health", headers=bearer("key-of-ann-1")).json()

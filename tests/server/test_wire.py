@@ -107,3 +107,46 @@ def test_extreme_numbers_do_not_hurt_the_engine(served: Any):
         HTTP.post(f"{served.url}/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
     )
     assert HTTP.get(f"{served.url}/health").status_code == 200
+
+
+def called(*ids: str) -> ChatMessage:
+    calls = [{"id": name, "function": {"name": "grep", "arguments": "{}"}} for name in ids]
+    return ChatMessage.model_validate({"role": "assistant", "tool_calls": calls})
+
+
+def told(name: str) -> ChatMessage:
+    return ChatMessage(role="tool", tool_call_id=name, content=f"of {name}")
+
+
+def test_answers_of_tools_come_in_the_order_of_their_calls():
+    for order in (["a", "b", "c"], ["c", "a", "b"], ["b", "a"]):
+        messages = to_messages([called("a", "b", "c"), *map(told, order)])
+        assert [message.content for message in messages[1:]] == [f"of {name}" for name in sorted(order)]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["a", "a"], r"messages\[3\].tool_call_id: .* no answer yet, got 'a'"),
+        (["old"], r"messages\[2\].tool_call_id: .* got 'old'"),
+        (["b"], r"messages\[2\]: expected an answer to the call 'a' as well"),
+    ],
+)
+def test_answers_that_would_be_read_as_those_of_other_calls_are_refused(given: list[str], words: str):
+    with pytest.raises(InputError, match=words):
+        to_messages([called("old"), called("a", "b"), *map(told, given)])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_schema_with_a_number_that_json_has_not_is_refused(number: float):
+    with pytest.raises(ValidationError, match="finite numbers"):
+        Tool.model_validate(tool_body(ToolSpec("x", "", {"type": "number", "maximum": number})))
+
+
+def test_a_strict_tool_is_refused_with_what_to_do_instead():
+    body = tool_body(ToolSpec("x"))
+    body["function"]["strict"] = True
+    with pytest.raises(ValidationError) as refused:
+        Tool.model_validate(body)
+    message, _ = describe_invalid(refused.value.errors())
+    assert message.startswith("function.strict: ") and message.endswith("leave the field out")

@@ -37,7 +37,7 @@ def chat(
         Path | None, typer.Option(help="JSON file with the tools on offer; you type what they return.")
     ] = None,
     thinking: Annotated[str, typer.Option(help="adaptive, enabled or disabled.")] = "adaptive",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0, max=100)] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the free cores).", min=1)] = None,

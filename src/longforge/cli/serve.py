@@ -1,11 +1,14 @@
 """`longforge serve`."""
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from longforge.errors import InputError
 
 __all__ = ["serve"]
 
@@ -81,7 +84,8 @@ def serve(
         float, typer.Option(help="How long open answers may go on after Ctrl-C or SIGTERM.", min=0)
     ] = 30.0,
 ) -> None:
-    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health.
+    """Serve a model over HTTP in the dialects of OpenAI (/v1/chat/completions, /v1/completions,
+    /v1/responses) and Anthropic (/v1/messages), with a web page at /.
 
     Ends with code 70 when the engine has failed, so that a supervisor starts it again.
     """
@@ -89,7 +93,9 @@ def serve(
     from longforge.errors import EngineError
     from longforge.server import launch
 
-    tiers = TierSettings(int(host_cache * 2**30), file_cache, int(file_cache_gib * 2**30))
+    tiers = TierSettings(
+        _bytes("host cache", host_cache), file_cache, _bytes("file cache GiB", file_cache_gib)
+    )
     run = partial(
         launch.serve,
         model,
@@ -116,3 +122,9 @@ def serve(
     except EngineError as error:
         print(f"longforge: {error}", file=sys.stderr)
         raise typer.Exit(ENGINE_FAILED) from None
+
+
+def _bytes(name: str, gib: float) -> int:
+    if not math.isfinite(gib):
+        raise InputError(f"{name}: expected a number of GiB, got {gib}")
+    return int(gib * 2**30)

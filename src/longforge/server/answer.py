@@ -29,7 +29,8 @@ class Part:
 class Answer:
     """One request to the engine. The request is refused in the constructor or not at all.
 
-    eager: parts come token by token, else all at the end. `close` it when done, however done.
+    eager: parts come token by token, else all at the end. goes_on: as in `EngineLoop.open`. `close` it when
+    done, however done.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Answer:
         tenant: str = "",
         priority: int = 0,
         report_blocks: bool = False,
+        goes_on: bool = False,
         observer: Observer = ignore,
     ) -> None:
         self.prompt_ids = prompt_ids
@@ -65,6 +67,7 @@ class Answer:
             tenant=tenant,
             priority=priority,
             report_blocks=report_blocks,
+            goes_on=goes_on,
         )
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
-__all__ = ["Features", "ServerFacts", "banner", "capacity"]
+__all__ = ["Features", "ServerFacts", "banner", "capacity", "draining"]
 
 CHAT_TOKENS = 8192
 """Tokens of the conversations in which capacity is told."""
@@ -88,6 +88,12 @@ def capacity(pages: int, page_tokens: int, context: int) -> str:
     chats = pages // -(-chat // page_tokens)
     kind = "full context" if chat == context else "chat"
     return f"{pages * page_tokens:,} tokens: {_counted(chats, kind)} of {chat:,} tokens at once"
+
+
+def draining(answers: int, seconds: float) -> str:
+    """What is said after the first signal while answers are still open."""
+    limit = "" if seconds == float("inf") else f", in {seconds:g} s at the latest"
+    return f"draining: ends with its {_counted(answers, 'open answer')}{limit}; Ctrl-C again ends it now"
 
 
 def _curl(facts: ServerFacts, url: str) -> str:

@@ -25,14 +25,14 @@ NEVER = -100.0
 class BudgetedAnswer:
     """The same as an `Answer`, for a prompt that leaves the model inside a thinking block.
 
-    open_answer: opens an answer to prompt ids with parameters. budget: most tokens of thinking, at least 1.
-    params: of the whole answer; its grammar is that of what follows the thinking. context: of the model.
-    Errors: as `Answer`; of the second leg while the parts are read.
+    open_answer: makes an `Answer` of prompt ids and parameters, and takes its `goes_on`. budget: most
+    tokens of thinking, at least 1. params: of the whole answer; its grammar is that of what follows the
+    thinking. context: of the model. Errors: as `Answer`; of the second leg while the parts are read.
     """
 
     def __init__(
         self,
-        open_answer: Callable[[Sequence[int], SamplingParams], Answer],
+        open_answer: Callable[..., Answer],
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
@@ -90,6 +90,7 @@ class BudgetedAnswer:
             self._answer = self._open(
                 (*self.prompt_ids, *sampled, *closing_ids),
                 replace(self._params, max_tokens=self._params.max_tokens - len(sampled)),
+                goes_on=True,
             )
             pieces = [*part.pieces[:-1], part.pieces[-1] + closing]
             yield Part("".join(pieces), part.events, None, pieces)

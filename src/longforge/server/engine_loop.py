@@ -102,8 +102,10 @@ class EngineLoop:
         priority: int = 0,
         cache: bool = True,
         report_blocks: bool = False,
+        goes_on: bool = False,
     ) -> Generation:
-        """Submits a request. eager: wake the reader at each token, not only at the end. The rest as in
+        """Submits a request. eager: wake the reader at each token, not only at the end. goes_on: it is the
+        rest of an answer that was let in before, which no limit and no drain breaks off. The others as in
         `GenerationRequest`.
 
         Errors: what `Engine.submit` refuses, at once; Overloaded; EngineError when the engine has stopped.
@@ -112,7 +114,10 @@ class EngineLoop:
             f"request-{next(self._names)}", tuple(prompt_ids), params, tenant, priority, cache, report_blocks
         )
         self.engine.check(request)
-        self._admit(request)
+        if not goes_on:
+            self._admit(request)
+        self._open[request.id] = len(request.prompt_ids)
+        self._open_tokens += len(request.prompt_ids)
         generation = Generation(request, eager=eager)
 
         def submit() -> None:
@@ -205,8 +210,6 @@ class EngineLoop:
                 f"server: prompts of {self._open_tokens} tokens are open already, {tokens} more would pass "
                 f"{self.max_tokens}; try again later"
             )
-        self._open[request.id] = tokens
-        self._open_tokens += tokens
 
     def _forget(self, name: str) -> None:
         self._open_tokens -= self._open.pop(name, 0)

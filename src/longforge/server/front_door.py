@@ -78,12 +78,15 @@ class FrontDoor:
     def _caller(self, scope: Scope, headers: Headers) -> Caller:
         if not self._door.keys:
             client = scope.get("client")
-            return Caller(admin=client is not None and client[0] in LOOPBACK)
+            local = client is not None and client[0] in LOOPBACK
+            # Where no names are demanded, a web page in a browser on this machine could be anybody's.
+            foreign = self._door.allowed_hosts is None and "origin" in headers
+            return Caller(admin=local and not foreign)
         caller = self._door.keys.caller(_key(headers))
         if caller is not None:
             return caller
         if scope["path"] in self._door.open_paths or scope["path"].startswith(PAGE):
-            return Caller()
+            return Caller(known=False)
         raise HTTPException(
             401,
             "api key: expected one this server knows, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",

@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from longforge import __version__
 from longforge.server.metrics import Metrics
-from longforge.server.service import Service, model_check
+from longforge.server.service import Service, caller_of, model_check
 
 __all__ = ["information_router"]
 
@@ -27,11 +27,12 @@ def information_router(service: Service, metrics: Metrics) -> APIRouter:
     }
 
     @router.get("/health", response_model=None)
-    async def health() -> Response:
-        """Whether process and engine live, and what the engine counts."""
+    async def health(request: Request) -> Response:
+        """Whether process and engine live; to whoever may ask, what the engine counts as well."""
         failure = loop.failure
         status = {"status": "ok" if failure is None else str(failure), "model": service.model_name}
-        return JSONResponse({**status, **asdict(loop.stats())}, 200 if failure is None else 503)
+        counts = asdict(loop.stats()) if caller_of(request).known else {}
+        return JSONResponse({**status, **counts}, 200 if failure is None else 503)
 
     @router.get("/ready", response_model=None)
     async def ready() -> Response:

@@ -1,5 +1,6 @@
 """From a model folder to a running server."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from longforge.kernels.host_memory import keep_freed_memory
 from longforge.model import CausalLM, KVCache, ModelConfig, shipped
 from longforge.model.checkpoint import config_of
 from longforge.server.app import create_app
-from longforge.server.banner import Features, ServerFacts, banner
+from longforge.server.banner import Features, ServerFacts, banner, draining
 from longforge.server.cores import free_cores
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.front_door import LOOPBACK_HOSTS, Door
@@ -82,6 +83,8 @@ def serve(
     bad number, ConfigError for the keys, CheckpointError for the folder, all before anything is served;
     EngineError when the engine has failed, after open requests were told.
     """
+    if math.isnan(drain_seconds) or drain_seconds < 0:
+        raise InputError(f"drain seconds: expected at least 0, got {drain_seconds}")
     door = Door(
         ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
         served_hosts(host, allowed_hosts),
@@ -118,11 +121,16 @@ def serve(
         threads_why=cores.why if threads is None else "as asked",
         placement=str(choose_placement(folder, device, dtype)),
         features=_features(engine_loop.engine.config, drafts, tiers, len(door.keys.digests)),
-        notices=_notices(config_of(folder).max_positions, context),
+        notices=_notices(config_of(folder).max_positions, context, None if door.keys else host),
     )
 
     app = create_app(engine_loop, tokenizer, model_name, door=door)
-    drain = Drain(engine_loop.drain, lambda: engine_loop.open_requests == 0, drain_seconds)
+    drain = Drain(
+        engine_loop.drain,
+        lambda: engine_loop.open_requests == 0,
+        drain_seconds,
+        tell=lambda: print(draining(engine_loop.open_requests, drain_seconds), flush=True),
+    )
     run_server(
         app,
         listener,
@@ -143,7 +151,7 @@ def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
     point there. Elsewhere any, unless some are named.
     """
     named = frozenset(name.lower() for name in more)
-    if host in LOOPBACK_HOSTS or host == "::1" or host.startswith("127."):
+    if _is_loopback(host):
         return LOOPBACK_HOSTS | {host} | named
     return named or None
 
@@ -238,11 +246,22 @@ def _features(config: ModelConfig, drafts: int | None, tiers: TierSettings, api_
     )
 
 
-def _notices(trained: int, context: int | None) -> tuple[str, ...]:
-    """trained: positions that the model was made for."""
-    if context is None or context <= trained:
-        return ()
-    return (f"the model was made for {trained:,} positions; beyond them its answers may be of no use",)
+def _notices(trained: int, context: int | None, keyless: str | None) -> tuple[str, ...]:
+    """trained: positions that the model was made for. keyless: the address, where no API key is asked for."""
+    notices = []
+    if context is not None and context > trained:
+        notices.append(
+            f"the model was made for {trained:,} positions; beyond them its answers may be of no use"
+        )
+    if keyless is not None and not _is_loopback(keyless):
+        notices.append(
+            f"whoever reaches {keyless} may use this server; --api-key-file makes it ask for API keys"
+        )
+    return tuple(notices)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in LOOPBACK_HOSTS or host == "::1" or host.startswith("127.")
 
 
 def default_pages(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 import socket
 import sys
 import threading
@@ -38,6 +37,8 @@ class Drain:
     idle: Callable[[], bool]
     """Whether no answer is open."""
     seconds: float
+    tell: Callable[[], None] = lambda: None
+    """Called once where there is something to wait for."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -97,12 +98,13 @@ class _Server(uvicorn.Server):
         self._on_stop = on_stop
         self._drain = drain
         self._failed = failed
-        self._drained_at = math.inf
-        """When waiting for open answers ends, in seconds of `time.monotonic`."""
+        self._drained_at: float | None = None
+        """When waiting for open answers ends, in seconds of `time.monotonic`; None until a signal came."""
+        self._told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
-        if self._drain is None or self._drained_at < math.inf or self.should_exit:
+        if self._drain is None or self._drained_at is not None or self.should_exit:
             super().handle_exit(sig, frame)
             self.force_exit = len(self._captured_signals) > 2
             return
@@ -113,9 +115,13 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to end now."""
         ended = await super().on_tick(counter) or self._failed()
-        if self._drain is None or self._drained_at == math.inf:
+        if self._drain is None or self._drained_at is None:
             return ended
-        return ended or self._drain.idle() or time.monotonic() >= self._drained_at
+        ended = ended or self._drain.idle() or time.monotonic() >= self._drained_at
+        if not ended and not self._told:
+            self._told = True
+            self._drain.tell()
+        return ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -49,6 +49,8 @@ class Caller:
     tenant: str = ""
     admin: bool = False
     """Whether it may pause the engine, change its weights and the like."""
+    known: bool = True
+    """False without the API key that the server asks for."""
 
 
 def caller_of(request: Request) -> Caller:

@@ -5,14 +5,16 @@ requests are in `sampling_fields`, `chat_request` and `completion_request`, the 
 forge gateway uses them too, so nothing here knows the engine.
 """
 
+import itertools
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from longforge.chat.schema import MAX_NESTING, too_deep
 from longforge.errors import InputError
 from longforge.protocol import Message, ToolCall, ToolSpec
+from longforge.server.tool_answers import leading_in_call_order
 
 __all__ = [
     "MAX_MESSAGES",
@@ -20,6 +22,7 @@ __all__ = [
     "MAX_TOOLS",
     "Body",
     "ChatMessage",
+    "NotStrict",
     "Tool",
     "WeightsRequest",
     "check_schema",
@@ -118,13 +121,25 @@ class ChatMessage(Body):
         return self
 
 
+def _not_strict(value: Any) -> Any:
+    if value is True:
+        raise ValueError(
+            "arguments follow their schema for sure where tool_choice demands the call; leave the field out"
+        )
+    return value
+
+
+NotStrict = Annotated[Literal[False] | None, BeforeValidator(_not_strict)]
+"""A tool's `strict`, which clients like to set."""
+
+
 class Function(Body):
     """A function that the model may call; `parameters` is a JSON schema of type object."""
 
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: NotStrict = None
 
     @field_validator("parameters")
     @classmethod
@@ -149,10 +164,13 @@ class WeightsRequest(Body):
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """ValueError for a JSON schema that is too deep or too long."""
+    """ValueError for a JSON schema that is too deep, too long, or holds a number that JSON has not."""
     if too_deep(schema):
         raise ValueError(f"expected a JSON schema of at most {MAX_NESTING} levels, got a deeper one")
-    length = len(json.dumps(schema))
+    try:
+        length = len(json.dumps(schema, allow_nan=False))
+    except ValueError:
+        raise ValueError("expected a JSON schema with finite numbers, got NaN or an infinity") from None
     if length > MAX_SCHEMA_CHARACTERS:
         raise ValueError(
             f"expected a JSON schema of at most {MAX_SCHEMA_CHARACTERS} characters, got {length}"
@@ -162,20 +180,16 @@ def check_schema(schema: dict[str, Any]) -> None:
 def to_messages(messages: list[ChatMessage]) -> list[Message]:
     """Wire messages as every room knows them.
 
-    Errors: InputError naming the message, for arguments that are no JSON object or one nested too deeply, and
-    for a tool's answer to a call that was never made.
+    Tools' answers are put in the order of their calls. Errors: InputError naming the message, for arguments
+    that are no JSON object or one nested too deeply, and for tools' answers that do not fit the calls.
     """
-    made: set[str] = set()
     result: list[Message] = []
-    for place, message in enumerate(messages):
-        calls = tuple(_tool_call(call, place) for call in message.tool_calls or ())
-        made.update(call.id for call in calls)
-        if message.role == "tool" and message.tool_call_id not in made:
-            raise InputError(
-                f"messages[{place}].tool_call_id: expected an earlier call's id, got {message.tool_call_id!r}"
-            )
-        role = "system" if message.role == "developer" else message.role
-        result.append(Message(role, message.text, message.thinking, calls, message.tool_call_id))
+    for is_answer, run in itertools.groupby(enumerate(messages), lambda item: item[1].role == "tool"):
+        first = len(result)
+        run = [_message(message, place) for place, message in run]
+        result += (
+            leading_in_call_order(result[-1].tool_calls if result else (), run, first) if is_answer else run
+        )
     return result
 
 
@@ -210,6 +224,12 @@ def message_body(message: Message) -> dict[str, Any]:
     if message.tool_call_id is not None:
         body["tool_call_id"] = message.tool_call_id
     return body
+
+
+def _message(message: ChatMessage, place: int) -> Message:
+    calls = tuple(_tool_call(call, place) for call in message.tool_calls or ())
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, message.text, message.thinking, calls, message.tool_call_id)
 
 
 def _tool_call(call: WireToolCall, place: int) -> ToolCall:

@@ -17,7 +17,7 @@ from longforge.chat.constraint import Constraint
 from longforge.protocol import SamplingParams, ToolSpec
 from longforge.server.anthropic.blocks import AssistantBlock, CacheControl, TextBlock, UserBlock
 from longforge.server.sampling_fields import MAX_STOP_CHARACTERS, MAX_STOPS
-from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, check_schema
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_schema
 
 __all__ = ["CountRequest", "MessagesRequest", "WireMessage"]
 
@@ -60,7 +60,7 @@ class Tool(Body):
     type: Literal["custom"] | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
-    strict: Literal[False] | None = None
+    strict: NotStrict = None
     defer_loading: Literal[False] | None = None
     allowed_callers: list[Literal["direct"]] | None = None
 

@@ -16,7 +16,7 @@ from longforge.chat.constraint import Constraint
 from longforge.protocol import SamplingParams, ToolSpec
 from longforge.server.chat_request import DEFAULT_CHAT_TOKENS
 from longforge.server.responses.items import Item
-from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, check_schema
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_schema
 
 __all__ = ["ResponsesRequest"]
 
@@ -28,7 +28,7 @@ class FunctionTool(Body):
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: NotStrict = None
 
     @model_validator(mode="before")
     @classmethod
