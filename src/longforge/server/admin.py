@@ -63,7 +63,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> dict[str, int]:
-        """Forgets all cached pages that nobody uses."""
+        """Forgets all cached pages; who uses some keeps them to itself. Slower tiers keep theirs."""
         return {"pages": await loop.reset_cache()}
 
     return router
