@@ -83,7 +83,7 @@ def test_a_call_is_named_before_its_arguments_are_written(taught: Any):
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["grep"] + [None] * (len(calls) - 1)
     fragments = [call.function.arguments for call in calls]
-    assert fragments[0] == "" and fragments[1] == "{" and len(fragments) > 3
+    assert fragments[0] == "" and fragments[1].startswith("{")  # how many follow is up to the reader's speed
     assert "".join(fragments) == '{"limit": 3}'
 
 

@@ -215,9 +215,13 @@ def test_a_background_response_is_waited_for(taught: Served):
 
 
 def test_a_background_response_is_cancelled_and_its_pages_come_back(served: Served):
-    made = ask(served, background=True, max_output_tokens=900, tools=None)
-    assert served.client.responses.cancel(made.id).status == "cancelled"
-    assert served.client.responses.retrieve(made.id).status == "cancelled"
+    served.loop.pause()  # so that it cannot be over before it is cancelled
+    try:
+        made = ask(served, background=True, max_output_tokens=900, tools=None)
+        assert served.client.responses.cancel(made.id).status == "cancelled"
+        assert served.client.responses.retrieve(made.id).status == "cancelled"
+    finally:
+        served.loop.resume()
     for _ in range(2000):
         if not served.loop.open_requests and not served.loop.stats().running:
             break
