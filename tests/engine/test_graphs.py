@@ -9,11 +9,12 @@ from torch import Tensor
 
 from emulated_capture import EmulatedCapture, emulated_capture_for
 from longforge.engine import Engine, GenerationRequest
+from longforge.engine.draft_length import DraftCosts
 from longforge.engine.graphs import Batch, Bucket, DecodeGraphs, bucket_of, capture_for
 from longforge.model import CausalLM
 from longforge.model.cache import KVCache
 from small_batches import BATCHES, BLOCK, DRAFTS, PAGES, batch_of, layout_of, rows_of
-from small_engine import ids, one, run, tokens
+from small_engine import one, run, tokens
 from small_model import small_model
 
 
@@ -151,14 +152,13 @@ def test_decoding_is_replayed_and_prompts_are_not(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_warming_up_captures_short_prefixes_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, drafts: int):
     capture = emulate(monkeypatch)
-    cold = one(Engine(small_model(), pages=24, drafts=drafts), tokens(3, 1))
-    engine = Engine(small_model(), pages=24, max_running=3, drafts=drafts)
+    # With costs that are given, not measured, both guess alike, and the same rows go together.
+    costs = DraftCosts()
+    cold = one(Engine(small_model(), pages=24, drafts=drafts, draft_costs=costs), tokens(3, 1))
+    engine = Engine(small_model(), pages=24, max_running=3, drafts=drafts, draft_costs=costs)
     engine.warm_up()
     captured = capture.captures
-    warm = one(engine, tokens(3, 1))
-    assert ids(warm) == ids(cold)
-    # How many rows go together depends on what steps take, and the last bits of logits on that.
-    torch.testing.assert_close([e.logprob for e in warm], [e.logprob for e in cold], atol=1e-5, rtol=0)
+    assert one(engine, tokens(3, 1)) == cold
     # Tables of 1, 2 and 4 pages: with drafts the graphs of all of them are new but the narrowest.
     assert capture.captures - captured <= (8 if drafts else 3)
     engine.check_pages()

@@ -27,8 +27,9 @@ from longforge.model.checkpoint import config_of
 
 __all__ = ["Rival", "Way"]
 
-FAILURES = (Unusable, RuntimeError, ValueError, TypeError, ImportError, AttributeError, NotImplementedError)
-"""What transformers and torch say where they cannot run a way on this machine."""
+FAILURES = (Unusable, RuntimeError, ValueError, TypeError, ImportError, AttributeError)
+"""What transformers and torch say where they cannot run a way on this machine: they have no error of
+their own for it. A way that answers wrongly is caught by the check instead."""
 TRIAL_TOKENS = 12
 SLOW_PREFILL = 0.5
 """Seconds."""

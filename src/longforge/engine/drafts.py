@@ -27,6 +27,9 @@ __all__ = ["Drafter"]
 JUDGE_EVERY = 4
 """Verifications after which the number of guesses is thought over."""
 
+LOOKS = 4
+"""Answers' steps without guesses that are looked at, for each size of a batch."""
+
 SEEN_RATE = 0.1
 """Weight of the newest step in the running estimate of what one takes."""
 
@@ -47,6 +50,8 @@ class Drafter:
         self._observe = observe
         self._seen: dict[tuple[int, int], float] = {}
         """Seconds of steps by (requests, guesses of each)."""
+        self._looks: dict[int, int] = {}
+        """Looks at steps without guesses so far, by requests."""
 
     def saw(self, work: Seq[Work], seconds: float) -> None:
         """A whole step took so long. It tells something where all its requests did the same: generate, and
@@ -60,6 +65,7 @@ class Drafter:
     def forget(self) -> None:
         """Steps seen so far do not count."""
         self._seen.clear()
+        self._looks.clear()
 
     def _seconds(self, batch: int, length: int) -> float:
         """Of such a step: as seen; if not, by the costs, in proportion to what was seen without guesses."""
@@ -127,9 +133,10 @@ class Drafter:
             state.length = best_length(
                 state.acceptance, lambda length: self._seconds(batch, length), self.most
             )
-        if (batch, 0) not in self._seen and self._observe and state.verified > JUDGE_EVERY:
-            state.length = 0  # a look at what a step without guesses takes
         length = min(state.length, most)
+        if self._observe and state.verified > JUDGE_EVERY and self._looks.get(batch, 0) < LOOKS:
+            self._looks[batch] = self._looks.get(batch, 0) + 1
+            length = 0  # a look at what a step without guesses takes
         state.idle_tokens = 0 if length else state.idle_tokens + 1
         if state.idle_tokens >= PROBE_TOKENS and most > 0:
             state.idle_tokens = 0

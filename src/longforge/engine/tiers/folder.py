@@ -121,15 +121,15 @@ class PageFolder:
 def remove(path: str) -> bool:
     """Deletes a file, and the folders that this empties. False if it is still there."""
     try:
-        os.unlink(path)  # noqa: PTH108
+        os.unlink(path)  # noqa: PTH108 - plain strings, as above
     except FileNotFoundError:
         return True  # another process was quicker
     except OSError:
         return False
     shelf = path.rsplit("/", 1)[0]
     with contextlib.suppress(OSError):  # not empty: the usual case
-        os.rmdir(shelf)  # noqa: PTH106
-        os.rmdir(shelf.rsplit("/", 1)[0])  # noqa: PTH106
+        os.rmdir(shelf)  # noqa: PTH106 - plain strings, as above
+        os.rmdir(shelf.rsplit("/", 1)[0])  # noqa: PTH106 - plain strings, as above
     return True
 
 
@@ -144,7 +144,7 @@ def _create(path: str) -> int:
             for folder in (shelf.rsplit("/", 1)[0], shelf):
                 # Made by another process, or its parent removed: opening the file decides.
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
-                    os.mkdir(folder, 0o700)  # noqa: PTH102
+                    os.mkdir(folder, 0o700)  # noqa: PTH102 - plain strings, as above
     return os.open(path, flags, 0o600)
 
 
