@@ -106,7 +106,7 @@ class FileTier:
         if self._reading.reason:
             return False
         try:
-            found = os.stat(self._folder.path_of(name), follow_symlinks=False)  # noqa: PTH116 - a Path each would cost more
+            found = os.stat(self._folder.path_of(name), follow_symlinks=False)  # noqa: PTH116 - a plain string
         except OSError as error:
             if error.errno not in _ABSENT:
                 self._reading.failed(error)
