@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from longforge.engine.drafts import PROBE_TOKENS
 from longforge.model import CausalLM
 from small_model import small_config, small_tokenizer
 from small_server import HTTP
@@ -151,7 +152,9 @@ def test_drafts_and_tiers_are_told_and_at_work(folder: Path, tmp_path: Path):
         active = next(line for line in process.stdout if line.startswith("  active"))
         assert "MTP speculation (2 drafted)" in active
         assert "tiers (host memory 0.5 GiB, files 1 GiB)" in active
-        body = {"model": folder.name, "prompt": [1] * 400, "max_tokens": 30, "ignore_eos": True}
+        # Where guesses are not worth their costs, one is tried every PROBE_TOKENS tokens all the same.
+        tokens = 2 * PROBE_TOKENS + 2
+        body = {"model": folder.name, "prompt": [1] * 400, "max_tokens": tokens, "ignore_eos": True}
         assert HTTP.post(f"{url}/completions", json=body).status_code == 200
         figures = HTTP.get(url.replace("/v1", "/metrics")).text
         assert f'longforge:tier_stored_total{{model_name="{folder.name}",tier="host"}} ' in figures
