@@ -11,6 +11,7 @@ from longforge.errors import InputError
 from longforge.kernels import numba_host
 from longforge.kernels.layout import PackedLayout
 from longforge.kernels.select_blocks import reference
+from longforge.kernels.tiles.engine import TILE_ENGINE
 from longforge.model import CausalLM, KVCache, few_tokens
 from longforge.model.few_tokens import FewTokens
 
@@ -44,6 +45,18 @@ MODELS = {
         "experts_per_token": 3,
         "block_size": 16,
         "top_k_blocks": 2,
+    },
+    "tiles": {  # every matrix has a shape for matrix tiles, as the shipped model's
+        "hidden_size": 64,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "index_dim": 32,
+        "expert_size": 96,
+        "shared_expert_size": 32,
+        "dense_size": 160,
+        "block_size": 4,
     },
 }
 
@@ -124,6 +137,25 @@ def test_a_few_tokens_at_a_time_equal_the_torch_forward_of_the_same_weights(buil
                 assert float(worst.max()) < tolerance
             else:
                 assert float(worst.median()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["m3", "tiles"])
+def test_bf16_weights_meet_rows_that_are_not_rounded(build, layout, name):
+    """Over an fp32 cache nothing but the weights is rounded; rounded rows would differ by 2^-9."""
+    lm = build(name, torch.bfloat16)
+    ids, table = torch.randint(0, 61, (1, 40)), torch.arange(12)[None].to(torch.int32)
+    few = FewTokens(lm, new_cache(lm, 12, torch.float32))
+    assert (few._tables.model["tiles"][0] == 1) == (name == "tiles" and TILE_ENGINE == "amx")
+    got = torch.cat(
+        [
+            run(few, ids[0, a : a + 5], layout([(0, a, a + 5)], table, lm.config.block_size))
+            for a in range(0, 40, 5)
+        ]
+    )
+    with torch.no_grad():
+        whole = PackedLayout.from_lengths([40], lm.config.block_size)
+        wanted = lm.float().forward_packed(ids[0], whole).hidden
+    assert float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -238,7 +270,7 @@ def test_it_selects_the_blocks_of_the_reference(build, layout, dtype):
     assert differing == 0
 
 
-@pytest.mark.parametrize("name", ["m2", "m3", "odd"])
+@pytest.mark.parametrize("name", ["m2", "m3", "odd", "tiles"])
 def test_an_mtp_module_equals_its_torch_forward(build, layout, name):
     lm = build(name)
     c = lm.config

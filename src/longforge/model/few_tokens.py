@@ -64,7 +64,9 @@ class FewTokens:
         self.refresh()
         sparse = 1 + max(int(n) for n in self._tables.layers["sparse_number"])
         layers = len(self._tables.layers)
-        self._rooms = rooms_for(self._tables.model, max_tokens, model.config.experts, layers, sparse)
+        self._rooms = rooms_for(
+            self._tables.model, max_tokens, model.config.experts, layers, sparse, CONFIG.NUMBA_NUM_THREADS
+        )
 
     @staticmethod
     def supports(model: CausalLM) -> bool:

@@ -18,6 +18,7 @@ from longforge.kernels.few_tokens.records import (
     SPARSE,
 )
 from longforge.kernels.few_tokens.rooms import pad
+from longforge.kernels.few_tokens.tile_rows import fits_panels, in_panels
 from longforge.kernels.rotary import frequencies
 from longforge.model.attention import DenseAttention, SparseAttention
 from longforge.model.cache import KVCache
@@ -58,6 +59,7 @@ class _Writer:
 
     def __init__(self, model: CausalLM) -> None:
         total = sum(w.numel() * w.element_size() for w in model.parameters())
+        self.tiles = total <= ARENA and _fits_tiles(model)
         # numpy asks for huge pages.
         self.arena = torch.from_numpy(np.empty(total + (1 << 16) if total <= ARENA else 0, np.uint8))
         self._free = -self.arena.data_ptr() % 64
@@ -83,18 +85,35 @@ class _Writer:
         return tensor.data_ptr()
 
     def matrix(self, weight: Tensor) -> int:
-        """The address of a matrix [..., out, in], in the arena while there is room; its rows are padded where
-        they have to be."""
+        """The address of a matrix [..., out, in], in panels for matrix tiles where the model fits these, else
+        in rows."""
+        weight = weight.detach()
+        return self._copied(in_panels(weight)) if self.tiles else self.rows(weight)
+
+    def rows(self, weight: Tensor) -> int:
+        """The same in rows, padded where they have to be, for whatever multiplies it."""
         weight = weight.detach()
         missing = pad(weight.shape[-1]) - weight.shape[-1]
         padded = nn.functional.pad(weight, (0, missing)) if missing else weight.contiguous()
-        size = padded.numel() * padded.element_size()
+        return self._copied(padded)
+
+    def _copied(self, matrix: Tensor) -> int:
+        """Its address, in the arena while there is room."""
+        size = matrix.numel() * matrix.element_size()
         if self._free + size > len(self.arena):
-            return self.tensor(padded)
+            return self.tensor(matrix)
         place = self.arena[self._free : self._free + size]
-        place.copy_(padded.view(-1).view(torch.uint8))
+        place.copy_(matrix.view(-1).view(torch.uint8))
         self._free += -(-size // 64) * 64
         return self.tensor(place)
+
+
+def _fits_tiles(model: CausalLM) -> bool:
+    """Whether the layers' matrices are bf16 and of shapes for matrix tiles. Routers are read in rows."""
+    others = (model.model.embed_tokens, *model.routers())
+    read_in_rows = {id(model.head_weight), *(id(other.weight) for other in others)}
+    matrices = [w for w in model.parameters() if w.dim() > 1 and id(w) not in read_in_rows]
+    return all(w.dtype == torch.bfloat16 and fits_panels(*w.shape[-2:]) for w in matrices)
 
 
 @torch.no_grad()
@@ -147,7 +166,7 @@ def _feed_forward(row: np.void, mlp: nn.Module, write: _Writer) -> None:
     shared = mlp
     if isinstance(mlp, MixtureOfExperts):
         row["experts"] = len(mlp.gate.weight)
-        row["router"] = write.matrix(mlp.gate.weight.float())
+        row["router"] = write.rows(mlp.gate.weight.float())
         row["bias"] = write.tensor(mlp.gate.e_score_correction_bias)
         row["gate_up"] = write.matrix(mlp.experts.gate_up_proj)
         row["down"] = write.matrix(mlp.experts.down_proj)
@@ -177,7 +196,7 @@ def _record(model: CausalLM, write: _Writer) -> np.ndarray:
         "widest": max(c.expert_size, c.shared_expert_size, c.dense_size),
         "qk_norm": NORMS[c.qk_norm],
         "embed": write.tensor(model.model.embed_tokens.weight.detach()),
-        "head": write.matrix(model.head_weight),
+        "head": write.rows(model.head_weight),
         "final_norm": write.norm(model.model.norm),
         "frequencies": write.scale(
             frequencies(c.rotary_dim, c.rope_theta, torch.device("cpu"), torch.float32)
@@ -188,6 +207,7 @@ def _record(model: CausalLM, write: _Writer) -> np.ndarray:
         "limit": c.swiglu_limit if swiglu else np.inf,
         "shift": 1.0 if swiglu else 0.0,
         "routed_scale": c.routed_scale,
+        "tiles": write.tiles,
     }
     for name, value in values.items():
         record[name] = value

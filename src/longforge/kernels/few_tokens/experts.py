@@ -7,6 +7,7 @@ those of the shared expert (a dense feed-forward is one without others) come las
 from longforge.kernels.few_tokens.products import multiply_rows
 from longforge.kernels.few_tokens.rows import activate
 from longforge.kernels.few_tokens.slices import slice_rows, slices
+from longforge.kernels.few_tokens.tile_rows import multiply_halves, split_rows
 from longforge.kernels.few_tokens.vectors import flat_view
 from longforge.kernels.numba_host import compiled
 from longforge.kernels.vector_code import round_up
@@ -46,41 +47,51 @@ def gate_up_units(m, layer, r, n):
     """Units of the first phase."""
     active, tokens = _routed(m, layer, r, n)
     inner = 2 * r.normed.shape[1]
-    return active * slices(m.expert_size, inner, tokens) + slices(layer.shared_size, inner, n)
+    return active * slices(m, m.expert_size, inner, tokens) + slices(m, layer.shared_size, inner, n)
 
 
 @compiled(error_model="numpy")
-def gate_up_unit(unit, m, layer, r, n, w):
+def gate_up_unit(unit, m, me, layer, r, n, w):
     active, tokens = _routed(m, layer, r, n)
     inner = 2 * r.normed.shape[1]
-    each = slices(m.expert_size, inner, tokens)
+    each = slices(m, m.expert_size, inner, tokens)
     if unit < active * each:
         a, part = unit // each, unit % each
         begin, end = r.starts[layer.number, a], r.starts[layer.number, a + 1]
         size = m.expert_size
-        first, step = part * slice_rows(inner, tokens), slice_rows(inner, tokens)
+        step = slice_rows(m, size, inner, tokens)
+        first = part * step
         matrix, start = flat_view(layer.gate_up, w), r.experts[layer.number, a] * 2 * size
         _gate_up(
-            m, r, r.to[layer.number, begin:], r.of[layer.number, begin:], end - begin, matrix, start, size,
-            first, min(size, first + step),
+            m, me, r, r.to[layer.number, begin:], r.of[layer.number, begin:], end - begin, matrix, start,
+            size, first, min(size, first + step),
         )  # fmt: skip
     else:
-        first, size = (unit - active * each) * slice_rows(inner, n), layer.shared_size
+        size = layer.shared_size
+        step = slice_rows(m, size, inner, n)
+        first = (unit - active * each) * step
         matrix = flat_view(layer.shared_gate_up, w)
-        end = min(size, first + slice_rows(inner, n))
-        _gate_up(m, r, r.shared_rows, r.numbers, n, matrix, 0, size, first, end)
+        end = min(size, first + step)
+        _gate_up(m, me, r, r.shared_rows, r.numbers, n, matrix, 0, size, first, end)
 
 
 @compiled(error_model="numpy")
-def _gate_up(m, r, to, of, count, matrix, start, size, first, end):
+def _gate_up(m, me, r, to, of, count, matrix, start, size, first, end):
     """active[to[j], first:end] for tokens of[j]; start: the expert's first row in the matrix."""
     x, inner = r.normed.reshape(-1), r.normed.shape[1]
     out, width = r.gate_up.reshape(-1), r.gate_up.shape[1]
+    if m.tiles:
+        split_rows(r.halves[me[0]], x, inner, of, count, inner)
     for column in (first, size + first):
-        multiply_rows(
-            out, column, width, to, x, inner, of, count, matrix, (start + column) * inner, inner,
-            end - first, inner,
-        )  # fmt: skip
+        place, rows = (start + column) * inner, end - first
+        if m.tiles:
+            multiply_halves(
+                out, column, width, to, count, r.halves[me[0]], matrix, place, rows, inner, r.sums[me[0]]
+            )
+        else:
+            multiply_rows(
+                out, column, width, to, x, inner, of, count, matrix, place, inner, rows, inner
+            )  # fmt: skip
     for j in range(count):
         row, result = r.gate_up[to[j]], r.active[to[j]]
         activate(row[first:end], row[size + first : size + end], m.alpha, m.limit, m.shift, result[first:end])
@@ -92,31 +103,39 @@ def _gate_up(m, r, to, of, count, matrix, start, size, first, end):
 def down_units(m, layer, r, n):
     """Units of the second phase."""
     active, tokens = _routed(m, layer, r, n)
-    shared = slices(m.hidden, round_up(layer.shared_size), n) if layer.shared_size else 0
-    return active * slices(m.hidden, round_up(max(1, m.expert_size)), tokens) + shared
+    shared = slices(m, m.hidden, round_up(layer.shared_size), n) if layer.shared_size else 0
+    return active * slices(m, m.hidden, round_up(max(1, m.expert_size)), tokens) + shared
 
 
 @compiled(error_model="numpy")
-def down_unit(unit, m, layer, r, n, w):
+def down_unit(unit, m, me, layer, r, n, w):
     active, tokens = _routed(m, layer, r, n)
     inner = round_up(max(1, m.expert_size))
-    each = slices(m.hidden, inner, tokens)
+    each = slices(m, m.hidden, inner, tokens)
     if unit < active * each:
-        a, first, step = unit // each, unit % each * slice_rows(inner, tokens), slice_rows(inner, tokens)
+        a, step = unit // each, slice_rows(m, m.hidden, inner, tokens)
+        first = unit % each * step
         begin, end = r.starts[layer.number, a], r.starts[layer.number, a + 1]
         matrix, start = flat_view(layer.down, w), r.experts[layer.number, a] * m.hidden
         rows = min(step, m.hidden - first)
-        _down(r, r.to[layer.number, begin:], end - begin, matrix, start + first, inner, first, rows)
+        _down(m, me, r, r.to[layer.number, begin:], end - begin, matrix, start + first, inner, first, rows)
     else:
         inner = round_up(layer.shared_size)
-        first, step = (unit - active * each) * slice_rows(inner, n), slice_rows(inner, n)
+        step = slice_rows(m, m.hidden, inner, n)
+        first = (unit - active * each) * step
         matrix = flat_view(layer.shared_down, w)
-        _down(r, r.shared_rows, n, matrix, first, inner, first, min(step, m.hidden - first))
+        _down(m, me, r, r.shared_rows, n, matrix, first, inner, first, min(step, m.hidden - first))
 
 
 @compiled(error_model="numpy")
-def _down(r, to, count, matrix, start, inner, first, rows):
-    multiply_rows(
-        r.expert_rows.reshape(-1), first, r.expert_rows.shape[1], to, r.active.reshape(-1),
-        r.active.shape[1], to, count, matrix, start * inner, inner, rows, inner,
-    )  # fmt: skip
+def _down(m, me, r, to, count, matrix, start, inner, first, rows):
+    out, width, x, x_row = r.expert_rows.reshape(-1), r.expert_rows.shape[1], r.active, r.active.shape[1]
+    if m.tiles:
+        split_rows(r.halves[me[0]], x.reshape(-1), x_row, to, count, inner)
+        multiply_halves(
+            out, first, width, to, count, r.halves[me[0]], matrix, start * inner, rows, inner, r.sums[me[0]]
+        )
+    else:
+        multiply_rows(
+            out, first, width, to, x.reshape(-1), x_row, to, count, matrix, start * inner, inner, rows, inner
+        )

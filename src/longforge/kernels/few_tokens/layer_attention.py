@@ -13,7 +13,7 @@ from longforge.kernels.few_tokens.attention import (
 )
 from longforge.kernels.few_tokens.records import NORM_HEADS, SPARSE
 from longforge.kernels.few_tokens.rows import heads_of_row, write_keys
-from longforge.kernels.few_tokens.slices import multiply_slice, slices
+from longforge.kernels.few_tokens.slices import multiply_slice, prepare_slices, slices
 from longforge.kernels.few_tokens.turns import take
 from longforge.kernels.few_tokens.vectors import flat_view
 from longforge.kernels.numba_host import compiled
@@ -30,15 +30,16 @@ def write_phase(turns, me, m, layer, scales, w, c, layout, r):
     n, inner, slots = len(layout[0]), r.normed.shape[1], layout[2]
     rows = (m.heads + 2 * m.kv_heads) * m.head_dim
     index_rows = (m.kv_heads + 1) * m.index_dim if layer.mixer == SPARSE else 0
-    of_qkv = slices(rows, inner, n)
-    units = of_qkv + slices(index_rows, inner, n)
+    of_qkv = slices(m, rows, inner, n)
+    units = of_qkv + slices(m, index_rows, inner, n)
     qkv, index = flat_view(layer.qkv, w), flat_view(layer.index, w)
+    prepare_slices(m, me, r.normed, r, n)
     u = take(turns, me, units)
     while u >= 0:
         if u < of_qkv:
-            multiply_slice(u, r.projected, 0, r.normed, r, n, qkv, rows)
+            multiply_slice(u, m, me, r.projected, 0, r.normed, r, n, qkv, rows)
         else:
-            multiply_slice(u - of_qkv, r.projected, rows, r.normed, r, n, index, index_rows)
+            multiply_slice(u - of_qkv, m, me, r.projected, rows, r.normed, r, n, index, index_rows)
         u = take(turns, me, units)
     i = take(turns, me, n)
     while i >= 0:
@@ -85,11 +86,12 @@ def attend_phases(turns, me, m, layer, w, c, layout, r, spans, maxima, parts):
         _attend_selected(turns, me, m, layer, c, layout, r, maxima)
     else:
         _attend_spans(turns, me, m, layer, c, layout, r, spans, parts)
-    units = slices(m.hidden, r.attended.shape[1], n)
+    units = slices(m, m.hidden, r.attended.shape[1], n)
     o = flat_view(layer.o, w)
+    prepare_slices(m, me, r.attended, r, n)
     u = take(turns, me, units)
     while u >= 0:
-        multiply_slice(u, r.delta, 0, r.attended, r, n, o, m.hidden)
+        multiply_slice(u, m, me, r.delta, 0, r.attended, r, n, o, m.hidden)
         u = take(turns, me, units)
 
 

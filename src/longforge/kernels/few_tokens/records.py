@@ -75,6 +75,7 @@ MODEL = np.dtype(
             "head",
             "final_norm",
             "frequencies",  # place in the scales
+            "tiles",  # 1 where the layers' matrices but routers lie in panels for matrix tiles
         )
     ]
     + [(name, np.float32) for name in ("eps", "scale", "alpha", "limit", "shift", "routed_scale")],

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longforge.kernels.few_tokens.tile_rows import scratch_for
 from longforge.kernels.few_tokens.vectors import borrowed
 from longforge.kernels.numba_host import compiled
 
@@ -56,6 +57,10 @@ class Rooms(NamedTuple):
     """int64 [L, T chosen], their feed-forward rows."""
     blocks: Any
     """int32 [sparse layers, T, Hkv, K], the selections."""
+    halves: Any
+    """uint16 [threads, ...], a thread's rows as it multiplies them on tiles, see tile_rows.py."""
+    sums: Any
+    """fp32 [threads, ...], and what comes of them."""
 
 
 @compiled()
@@ -66,7 +71,7 @@ def borrowed_rooms(r):
         borrowed(r.delta), borrowed(r.gate_up), borrowed(r.active), borrowed(r.expert_rows),
         borrowed(r.weights), borrowed(r.cos), borrowed(r.sin), borrowed(r.choices), borrowed(r.numbers),
         borrowed(r.shared_rows), borrowed(r.experts), borrowed(r.starts), borrowed(r.of), borrowed(r.to),
-        borrowed(r.blocks),
+        borrowed(r.blocks), borrowed(r.halves), borrowed(r.sums),
     )  # fmt: skip
 
 
@@ -75,7 +80,9 @@ def pad(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def rooms_for(m: np.ndarray, tokens: int, experts: int, layers: int, sparse_layers: int) -> Rooms:
+def rooms_for(
+    m: np.ndarray, tokens: int, experts: int, layers: int, sparse_layers: int, threads: int
+) -> Rooms:
     """m: a MODEL record array of one element."""
     (d, heads, groups, dim, chosen, widest) = (
         int(m[name][0]) for name in ("hidden", "heads", "kv_heads", "head_dim", "chosen", "widest")
@@ -83,6 +90,9 @@ def rooms_for(m: np.ndarray, tokens: int, experts: int, layers: int, sparse_laye
     rows, index_dim = tokens * (chosen + 1), int(m["index_dim"][0])
     projected = (heads + 2 * groups) * dim + (groups + 1) * index_dim
     half = int(m["half_rotary"][0])
+
+    inner = max(2 * d, heads * dim, widest) if m["tiles"][0] else 0
+    halves, sums = scratch_for(threads, tokens, inner)
 
     def numbers(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
@@ -111,4 +121,6 @@ def rooms_for(m: np.ndarray, tokens: int, experts: int, layers: int, sparse_laye
         of=counts(layers, tokens * chosen),
         to=counts(layers, tokens * chosen),
         blocks=np.full((sparse_layers, tokens, groups, max(1, int(m["top_k"][0]))), -1, np.int32),
+        halves=halves,
+        sums=sums,
     )

@@ -7,6 +7,7 @@ from numba import types
 from numba.extending import overload
 
 from longforge.kernels.few_tokens.records import NORM_ALL, NORM_HEADS
+from longforge.kernels.few_tokens.row_vectors import add_rows, norm_lanes, rotate_lanes
 from longforge.kernels.numba_host import compiled
 from longforge.kernels.vector_code import exponential, widen
 
@@ -36,6 +37,9 @@ def _squares(x):
 @compiled(error_model="numpy")
 def norm(x, scale, eps, out):
     """out = x / sqrt(mean(x^2) + eps) * scale; out may be x."""
+    if x.shape[0] % 16 == 0:
+        norm_lanes(x, 0, scale, 0, eps, out, 0, x.shape[0])
+        return
     share = f32(1) / np.sqrt(_squares(x) / f32(x.shape[0]) + eps)
     for i in range(x.shape[0]):
         out[i] = x[i] * share * scale[i]
@@ -58,6 +62,10 @@ def add_row(x, more):
 @compiled(error_model="numpy")
 def add_experts(x, rows, first, chosen, shared, weights):
     """x += the chosen experts' rows (first, first + 1, ...), weighted, and the row `shared` (-1: none)."""
+    if x.shape[0] % 16 == 0:
+        width = rows.shape[1]
+        add_rows(x, rows.reshape(-1), first * width, width, chosen, shared * width, weights, x.shape[0])
+        return
     for i in range(x.shape[0]):
         total = f32(0)
         for j in range(chosen):
@@ -89,6 +97,13 @@ def heads_of_row(x, heads, dim, kind, scale, eps, cos, sin):
     """Heads side by side in x, normalised as `kind` says and rotated, in place."""
     if kind == NORM_ALL:
         norm(x[: heads * dim], scale[: heads * dim], eps, x[: heads * dim])
+    half = cos.shape[0]
+    if dim % 16 == 0 and half % 8 == 0:
+        for at in range(0, heads * dim, dim):
+            if kind == NORM_HEADS:
+                norm_lanes(x, at, scale, 0, eps, x, at, dim)
+            rotate_lanes(x, at, half, cos, sin)
+        return
     for h in range(heads):
         head = x[h * dim : (h + 1) * dim]
         if kind == NORM_HEADS:

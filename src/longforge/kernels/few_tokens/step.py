@@ -9,10 +9,11 @@ from longforge.kernels.few_tokens.products import multiply_rows
 from longforge.kernels.few_tokens.records import LAYER, MODEL
 from longforge.kernels.few_tokens.rooms import borrowed_rooms
 from longforge.kernels.few_tokens.rows import add_experts, add_row, angles, choose_experts, norm, read_row
-from longforge.kernels.few_tokens.slices import multiply_slice, slices
+from longforge.kernels.few_tokens.slices import multiply_slice, prepare_slices, slices
 from longforge.kernels.few_tokens.turns import take
 from longforge.kernels.few_tokens.vectors import borrowed, flat_view
 from longforge.kernels.numba_host import compiled
+from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles
 
 __all__ = ["PHASES_OF_LAYER", "PHASES_OF_STEP", "head", "head_alone", "step", "step_alone"]
 
@@ -61,6 +62,8 @@ def _work(
     maxima, parts, turns, out = borrowed(maxima), borrowed(parts), borrowed(turns), borrowed(out)
     places = borrowed(layout[0]), borrowed(layout[1]), borrowed(layout[2]), borrowed(layout[3])
     me[0] = t
+    if m.tiles:
+        begin_tiles(TILE_SETTINGS)
     first = 0 if module < 0 else m.layers + module
     end = m.layers if module < 0 else first + 1
     if module < 0:
@@ -77,6 +80,8 @@ def _work(
         else:
             last = m.final_norm if module < 0 else layer.final_norm
             _finish(turns, me, m, layer, scales, last, len(ids), r, out)
+    if m.tiles:
+        end_tiles()
 
 
 @compiled(error_model="numpy")
@@ -106,10 +111,11 @@ def _combine(turns, me, m, layer, scales, w, ids, positions, hidden, r):
         norm(r.x[i], scales[layer.embed_norm :], m.eps, r.pair[i])
         norm(hidden[i], scales[layer.hidden_norm :], m.eps, r.pair[i, d:])
         i = take(turns, me, n)
-    units = slices(d, r.pair.shape[1], n)
+    units = slices(m, d, r.pair.shape[1], n)
+    prepare_slices(m, me, r.pair, r, n)
     u = take(turns, me, units)
     while u >= 0:
-        multiply_slice(u, r.x, 0, r.pair, r, n, matrix, d)
+        multiply_slice(u, m, me, r.x, 0, r.pair, r, n, matrix, d)
         u = take(turns, me, units)
     i = take(turns, me, n)
     while i >= 0:
@@ -135,12 +141,12 @@ def _feed_forward(turns, me, m, layer, scales, w, n, r):
     units = gate_up_units(m, layer, r, n)
     u = take(turns, me, units)
     while u >= 0:
-        gate_up_unit(u, m, layer, r, n, w)
+        gate_up_unit(u, m, me, layer, r, n, w)
         u = take(turns, me, units)
     units = down_units(m, layer, r, n)
     u = take(turns, me, units)
     while u >= 0:
-        down_unit(u, m, layer, r, n, w)
+        down_unit(u, m, me, layer, r, n, w)
         u = take(turns, me, units)
 
 
