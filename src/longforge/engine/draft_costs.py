@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
-import numpy as np
 import torch
 
 from longforge.engine.draft_length import DraftCosts
@@ -41,19 +41,34 @@ def measured_costs(runner: Runner, alone: float, pages: int, max_running: int) -
         sequences.append(sequence)
     step, draft = [], []
     for rows in sizes:
-        stretches = [Stretch(s, place, np.zeros(1, np.int64)) for s in sequences[:rows]]
-        before = torch.zeros(rows, runner.model.config.hidden_size, device=runner.device)
-        step.append(_seconds(lambda s=stretches: runner.logits(runner.run(s))))
-        draft.append(_seconds(lambda s=stretches, b=before: runner.logits(runner.run_drafts(s, b))))
+        stretches = [Stretch(s, place, [0]) for s in sequences[:rows]]
+        step.append(_seconds(lambda s=stretches: _step(runner, s)))
+        draft.append(_seconds(lambda s=stretches: _draft(runner, s)))
     beside = max(0.0, alone - step[0])
     return DraftCosts(tuple(sizes), tuple(s + beside for s in step), tuple(d + beside / 3 for d in draft))
 
 
-def _seconds(work: Callable[[], torch.Tensor]) -> float:
+def _step(runner: Runner, stretches: Seq[Stretch]) -> None:
+    places = range(len(stretches))
+    _wait_for(runner.logits_at(runner.run(stretches, places), places))
+
+
+def _draft(runner: Runner, stretches: Seq[Stretch]) -> None:
+    rows = len(stretches)
+    before = torch.zeros(rows, runner.model.config.hidden_size, device=runner.device)
+    if runner.guess(stretches, [before], [1] * rows) is None:
+        _wait_for(runner.logits(runner.run_drafts(stretches, before)))
+
+
+def _wait_for(result: torch.Tensor) -> None:
+    result.sum().item()
+
+
+def _seconds(work: Callable[[], None]) -> float:
     """Median over a few runs after one that does not count."""
     times = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
-        work().sum().item()  # waits for the device
+        work()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

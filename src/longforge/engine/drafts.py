@@ -10,6 +10,7 @@ are overwritten with the true ones as soon as these are known.
 """
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -96,11 +97,27 @@ class Drafter:
         filled = [s for s in sequences if lengths[s] or self._page_is_full(s) or len(s.drafting.pending) > 64]
         if not filled:
             return
-        last = self._fill(filled, ending)
-        guessing = [place for place, s in enumerate(filled) if lengths[s]]
+        wanted = [lengths[s] for s in filled]
+        stretches, before = self._pairs(filled, ending)
+        guesses = None
+        if all(s.matcher is None for s in filled):
+            guesses = self._runner.guess(stretches, before, wanted)
+        if guesses is None:
+            guesses = self._guess_by_passes(filled, stretches, before, wanted)
+        for sequence, guess in zip(filled, guesses, strict=True):
+            sequence.drafts = _worth_verifying(sequence, guess)
+
+    def _guess_by_passes(
+        self, filled: Seq[Sequence], stretches: Seq[Stretch], before: Seq[Tensor], wanted: Seq[int]
+    ) -> list[list[int]]:
+        """So many guesses behind each stretch, a pass of the module over all of them at a time."""
+        states = before[0] if len(before) == 1 else torch.cat(list(before))
+        ends = [end - 1 for end in accumulate(len(s.ids) for s in stretches)]
+        last = self._runner.rows(self._runner.run_drafts(stretches, states), ends)
+        guessing = [place for place, length in enumerate(wanted) if length]
         guesses: list[list[int]] = [[] for _ in filled]
         hidden = last
-        for step in range(max((lengths[s] for s in filled), default=0)):
+        for step in range(max(wanted)):
             if step:
                 hidden = self._again([filled[p] for p in guessing], [guesses[p] for p in guessing], hidden)
             else:
@@ -108,11 +125,10 @@ class Drafter:
             tokens = self._likeliest(hidden, [filled[p] for p in guessing], [guesses[p] for p in guessing])
             for place, token in zip(guessing, tokens, strict=True):
                 guesses[place].append(token)
-            going = [row for row, p in enumerate(guessing) if lengths[filled[p]] > step + 1]
+            going = [row for row, p in enumerate(guessing) if wanted[p] > step + 1]
             if going:
                 guessing, hidden = [guessing[row] for row in going], self._runner.rows(hidden, going)
-        for sequence, guess in zip(filled, guesses, strict=True):
-            sequence.drafts = _worth_verifying(sequence, guess)
+        return guesses
 
     def _likeliest(self, hidden: Tensor, sequences: Seq[Sequence], guesses: Seq[Seq[int]]) -> list[int]:
         """The next guess of each, within its grammar."""
@@ -148,26 +164,23 @@ class Drafter:
             sequence.computed // self._runner.block_size > sequence.drafting.done // self._runner.block_size
         )
 
-    def _fill(self, sequences: Seq[Sequence], ending: Seq[Sequence]) -> Tensor:
-        """Lets the module see all pairs that are known. Returns its output at the last of each: [S, d]."""
-        stretches, before, ends = [], [], []
-        rows = 0
+    def _pairs(self, sequences: Seq[Sequence], ending: Seq[Sequence]) -> tuple[list[Stretch], list[Tensor]]:
+        """All pairs that are known and that the module has not seen: of each sequence, tokens and the hidden
+        states of the positions before them. From now on they count as seen."""
+        stretches, before = [], []
         for sequence in sequences:
             state = sequence.drafting
             # Who ends has no page for the pair of its last token, nor any use for it.
             end = sequence.computed + (sequence not in ending)
-            stretches.append(Stretch(sequence, state.done, sequence.ids[state.done : end]))
+            stretches.append(Stretch(sequence, state.done, sequence.ids[state.done : end].tolist()))
             pending = state.pending[0] if len(state.pending) == 1 else torch.cat(state.pending)
             before.append(pending[: end - state.done])
-            rows += end - state.done
-            ends.append(rows - 1)
             state.done, state.pending = end, []
-        states = before[0] if len(before) == 1 else torch.cat(before)
-        return self._runner.rows(self._runner.run_drafts(stretches, states), ends)
+        return stretches, before
 
     def _again(self, sequences: Seq[Sequence], guesses: Seq[Seq[int]], hidden: Tensor) -> Tensor:
         stretches = [
-            Stretch(s, s.known + len(guess) - 1, np.array(guess[-1:], dtype=np.int64))
+            Stretch(s, s.known + len(guess) - 1, [guess[-1]])
             for s, guess in zip(sequences, guesses, strict=True)
         ]
         return self._runner.run_drafts(stretches, hidden)

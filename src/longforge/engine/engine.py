@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
 from longforge.engine.draft_costs import GUESSED_COSTS, PLAIN, measured_costs
@@ -22,7 +21,7 @@ from longforge.engine.page_mover import PageMover, TierSettings
 from longforge.engine.pages import PagePool
 from longforge.engine.prefix_cache import PrefixCache
 from longforge.engine.request import EngineStats, GenerationRequest, RequestFailed, TokenEvent, check_request
-from longforge.engine.results import Results
+from longforge.engine.results import Results, spans_of
 from longforge.engine.runner import Runner, Stretch
 from longforge.engine.sampler import TokenCounts
 from longforge.engine.scheduler import Scheduler, Work
@@ -168,9 +167,11 @@ class Engine:
             self._show_pages(item.sequence)
         reported = any(item.sequence.request.report_blocks for item in work)
         blocks = list[Tensor]() if reported else None
-        hidden = self._runner.run([_stretch(item) for item in work], blocks)
+        spans = spans_of(work)
+        places = [row for span in spans for row in span.sampled]
+        hidden = self._runner.run([_stretch(item) for item in work], places, blocks)
         prompts = self._count_prompts(work)
-        events, ended = self._results.take(work, hidden, blocks)
+        events, ended = self._results.take(spans, hidden, blocks)
         if self._mover is not None and max(prompts) > 1:
             # Sampling waits for a GPU; what loading took, in `schedule`, is no prefill.
             self._mover.saw_prefill(sum(prompts), time.perf_counter() - planned)
@@ -318,11 +319,9 @@ class Engine:
 
 
 def _stretch(item: Work) -> Stretch:
-    sequence = item.sequence
-    ids = sequence.ids[sequence.computed : sequence.computed + item.tokens]
-    if item.drafts:
-        ids = np.concatenate([ids, np.array(item.drafts, dtype=np.int64)])
-    return Stretch(sequence, sequence.computed, ids)
+    sequence, _, drafts, _ = item
+    ids = sequence.ids[sequence.computed : sequence.computed + item.tokens].tolist()
+    return Stretch(sequence, sequence.computed, ids + list(drafts) if drafts else ids)
 
 
 def _check_sizes(pages: int, max_running: int, max_batch_tokens: int, drafts: int) -> None:

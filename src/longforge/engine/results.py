@@ -15,7 +15,7 @@ from longforge.engine.speculation import accepted
 from longforge.errors import EngineError, InputError, LongforgeError
 from longforge.protocol import StopReason
 
-__all__ = ["Results"]
+__all__ = ["Results", "Span", "spans_of"]
 
 SLICE = 512
 """Rows of logits of a prompt that are held at once."""
@@ -35,13 +35,12 @@ class Results:
         self.accepted_by_place = [0, 0, 0]
 
     def take(
-        self, work: Seq[Work], hidden: Tensor, blocks: Seq[Tensor] | None
+        self, spans: Seq["Span"], hidden: Tensor, blocks: Seq[Tensor] | None
     ) -> tuple[list[TokenEvent | RequestFailed], list[Sequence]]:
         """Books the computed tokens, samples, and accepts drafts. hidden: [N, d], the work's rows in order.
 
         Returns the events in order and the sequences that have ended.
         """
-        spans = _spans(work)
         events: list[TokenEvent | RequestFailed] = []
         ended: list[Sequence] = []
         rows, places = [], []
@@ -56,8 +55,7 @@ class Results:
             places += span.sampled
         sampled = None
         if rows:
-            logits = self._runner.logits(self._runner.rows(hidden, places))
-            sampled = sample(logits, rows)
+            sampled = sample(self._runner.logits_at(hidden, places), rows)
         first = 0
         for span in spans:
             sequence = span.work.sequence
@@ -78,7 +76,7 @@ class Results:
 
     def _follow(
         self,
-        span: "_Span",
+        span: "Span",
         sampled: Sampled,
         first: int,
         blocks: Seq[Tensor] | None,
@@ -142,7 +140,7 @@ class Results:
         for place in range(right):
             self.accepted_by_place[place] += 1
 
-    def _judge_prompt(self, span: "_Span", hidden: Tensor) -> None:
+    def _judge_prompt(self, span: "Span", hidden: Tensor) -> None:
         """Log-probabilities of prompt tokens, where a request asked for them. EngineError if logits are not
         finite."""
         sequence = span.work.sequence
@@ -170,7 +168,7 @@ class Results:
         return tuple(np.bincount(chosen[chosen >= 0].astype(np.int64)).tolist())
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """One work's rows in the packed batch: `start` is its first, `sampled` those that are sampled."""
 
     work: Work
@@ -184,17 +182,18 @@ def _kept(hidden: Tensor, start: int, count: int) -> Tensor:
     return rows.clone() if len(hidden) > WHOLE and 2 * count < len(hidden) else rows
 
 
-def _spans(work: Seq[Work]) -> list[_Span]:
+def spans_of(work: Seq[Work]) -> list[Span]:
+    """The rows of each work, packed one after the other."""
     spans, start = [], 0
     for item in work:
         end = start + item.tokens + len(item.drafts)
         sampled = range(start + item.tokens - 1, end) if item.samples else range(0)
-        spans.append(_Span(item, start, sampled))
+        spans.append(Span(item, start, sampled))
         start = end
     return spans
 
 
-def _rows(span: _Span) -> list[Row]:
+def _rows(span: Span) -> list[Row]:
     """What the sampler needs to know: the row of the last known token, and one behind each draft."""
     sequence, drafts = span.work.sequence, span.work.drafts
     if not span.work.samples:

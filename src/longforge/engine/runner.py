@@ -1,6 +1,8 @@
 """Turns stretches of tokens into one packed batch and runs the model on it."""
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
+from operator import eq
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from longforge.engine.transfer import to_device
 from longforge.kernels.layout import PackedLayout
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
-from longforge.model.few_tokens import FewTokens
+from longforge.model.few_tokens import FewTokens, Heads
 
 __all__ = ["Runner", "Stretch"]
 
@@ -31,7 +33,7 @@ class Stretch(NamedTuple):
     sequence: Sequence
     start: int
     """Position of the first of them."""
-    ids: NDArray[np.int64]
+    ids: list[int]
 
 
 class Runner:
@@ -62,7 +64,8 @@ class Runner:
             self._graphs = DecodeGraphs(
                 model, self.cache, scratch=pages, rows_per_path=1 + drafts, capture=capture
             )
-        self._known_logits: tuple[Tensor, Tensor] | None = None
+        self._known_logits: tuple[Tensor, Seq[int], Tensor] | None = None
+        """Hidden states that `run` returned last, places among them, and the logits there."""
         compiled = capture is None and FewTokens.supports(model)
         self._few = FewTokens(model, self.cache, FEW) if compiled else None
         """What runs few tokens faster on a CPU."""
@@ -86,42 +89,53 @@ class Runner:
         for block in blocks:
             self._page_table[sequence.row, block] = sequence.pages[block]
 
-    def run(self, stretches: Seq[Stretch], blocks: list[Tensor] | None = None) -> Tensor:
+    def run(
+        self, stretches: Seq[Stretch], places: Seq[int] = (), blocks: list[Tensor] | None = None
+    ) -> Tensor:
         """Computes the stretches and fills their pages.
 
-        Returns hidden states [N, d]. blocks: gets each sparse layer's selection, [N, Hkv, K].
+        Returns hidden states [N, d]. places: ascending rows whose logits will be asked for. blocks: gets each
+        sparse layer's selection, [N, Hkv, K].
         """
-        batch = self._pack(stretches)
-        if self._few is not None and _is_little(batch):
-            hidden = self._few.hidden(*batch)
-            if blocks is not None:
-                blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
-        else:
-            hidden = self._run_model(batch, blocks)
-            if self._known_logits is not None:
-                return hidden
+        self._known_logits = None
+        if self._few is None or not _is_little(stretches):
+            return self._run_model(self._pack(stretches), blocks)
+        rows = self._rows(stretches)
+        hidden, logits = self._few.step(rows, self._page_table, places)
+        self._known_logits = hidden, places, logits
+        if blocks is not None:
+            blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
+        if self.cache.tail is not None:
+            self._keep_tails(hidden, rows[3])
+        return hidden
+
+    def _run_model(self, batch: Batch, blocks: list[Tensor] | None) -> Tensor:
+        """The same by torch's operators, or by a graph of them, which keeps the tails itself."""
+        with torch.inference_mode():
+            if self._graphs is not None and blocks is None:
+                known = self._graphs.step(batch)
+                if known is not None:
+                    self._known_logits = known[0], range(len(known[0])), known[1]
+                    return known[0]
+            ids, layout = self._moved(batch)
+            hidden = self.model.forward_packed(
+                ids, layout, self.cache, expert_loads=False, blocks=blocks
+            ).hidden
         if self.cache.tail is not None:
             self._keep_tails(hidden, batch.slots)
         return hidden
 
-    def _run_model(self, batch: Batch, blocks: list[Tensor] | None) -> Tensor:
-        """The same by torch's operators, or by a graph of them, which has kept the tails as well."""
-        self._known_logits = None
-        with torch.inference_mode():
-            if self._graphs is not None and blocks is None:
-                self._known_logits = self._graphs.step(batch)
-                if self._known_logits is not None:
-                    return self._known_logits[0]
-            ids, layout = self._moved(batch)
-            return self.model.forward_packed(
-                ids, layout, self.cache, expert_loads=False, blocks=blocks
-            ).hidden
+    def logits_at(self, hidden: Tensor, places: Seq[int]) -> Tensor:
+        """Logits fp32 [len(places), V] at ascending places of hidden [N, d]. Those of what `run` returned last
+        may be known already; they are valid until the model runs again."""
+        if self._known_logits is not None:
+            seen, known, logits = self._known_logits
+            if seen is hidden and len(known) == len(places) and all(map(eq, known, places)):
+                return logits
+        return self.logits(self.rows(hidden, places))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [B, V] of hidden states [B, d]. Those of what `run` returned last may be known already;
-        they are valid until it runs again."""
-        if self._known_logits is not None and hidden is self._known_logits[0]:
-            return self._known_logits[1]
+        """Logits fp32 [B, V] of hidden states [B, d]."""
         if self._few is not None and len(hidden) <= FEW:
             return self._few.logits(hidden)
         with torch.inference_mode():
@@ -135,9 +149,9 @@ class Runner:
 
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
+        if self._few is not None and _is_little(stretches):
+            return self._few.mtp(0, before, *self._rows(stretches), self._page_table)
         batch = self._pack(stretches)
-        if self._few is not None and _is_little(batch):
-            return self._few.mtp(0, before, *batch)
         with torch.inference_mode():
             drafted = None if self._graphs is None else self._graphs.draft(batch, before)
             if drafted is not None:
@@ -145,6 +159,23 @@ class Runner:
             ids, layout = self._moved(batch)
             before = before.to(self.model.dtype)
             return self.model.mtp_packed(before, ids, layout, cache=self.cache).hidden
+
+    def guess(
+        self, stretches: Seq[Stretch], before: Seq[Tensor], lengths: Seq[int]
+    ) -> list[list[int]] | None:
+        """What the first MTP module guesses behind each stretch: so many tokens, each the likeliest after
+        those before. before: of each stretch, the hidden states of the positions before its tokens'. None
+        where `run_drafts` has to do it pass by pass."""
+        if self._few is None or not _is_little(stretches):
+            return None
+        later, passes = _later_guesses(stretches, lengths)
+        given = self._few.guesses(before, self._rows([*stretches, *later]), self._page_table, passes)
+        guesses: list[list[int]] = [[] for _ in stretches]
+        for number, tokens in enumerate(given):
+            guessing = [guess for guess, length in zip(guesses, lengths, strict=True) if length > number]
+            for guess, token in zip(guessing, tokens, strict=True):
+                guess.append(token)
+        return guesses
 
     def weights_changed(self) -> None:
         """The model's weights are others now."""
@@ -178,6 +209,19 @@ class Runner:
                 tails = hidden.index_select(0, rows).to(self.cache.tail.dtype)
                 self.cache.tail.index_copy_(0, pages, tails)
 
+    def _rows(self, stretches: Seq[Stretch]) -> NDArray[np.int64]:
+        """Ids, positions, rows of the page table, and slots: int64 [4, N]. A list is faster than numpy for the
+        few tokens that a step decodes."""
+        size = self.block_size
+        ids, positions, paths, slots = list[int](), list[int](), list[int](), list[int]()
+        for sequence, start, tokens in stretches:
+            ids += tokens
+            for position in range(start, start + len(tokens)):
+                positions.append(position)
+                paths.append(sequence.row)
+                slots.append(sequence.pages[position // size] * size + position % size)
+        return np.array([ids, positions, paths, slots], dtype=np.int64)
+
     def _pack(self, stretches: Seq[Stretch]) -> Batch:
         """Ids and their layout, on the host."""
         if len(stretches) == 1:
@@ -196,7 +240,8 @@ class Runner:
             table[paths, positions // self.block_size] * np.int64(self.block_size)
             + positions % self.block_size
         )
-        return Batch(np.concatenate([s.ids for s in stretches]), positions, paths, slots, table)
+        ids = np.array([token for s in stretches for token in s.ids], dtype=np.int64)
+        return Batch(ids, positions, paths, slots, table)
 
     def _pack_one(self, stretch: Stretch) -> Batch:
         """The same of one stretch, with less ado: a single answer waits for it at every token."""
@@ -205,7 +250,7 @@ class Runner:
         positions = np.arange(stretch.start, end)
         table = self._page_table[row : row + 1, : (end - 1) // size + 1]
         slots = table[0, positions // size] * np.int64(size) + positions % size
-        return Batch(stretch.ids, positions, np.zeros(len(positions), np.int64), slots, table)
+        return Batch(np.array(stretch.ids), positions, np.zeros(len(positions), np.int64), slots, table)
 
     def _moved(self, batch: Batch) -> tuple[Tensor, PackedLayout]:
         """Ids int64 [N] and their layout, on the device."""
@@ -213,6 +258,27 @@ class Runner:
         return ids, PackedLayout(positions, paths, slots, table, self.block_size)
 
 
-def _is_little(batch: Batch) -> bool:
+def _is_little(stretches: Seq[Stretch]) -> bool:
     """Whether a batch is one for the compiled step: few tokens, none of them far into a long prefix."""
-    return len(batch.ids) <= FEW and int(batch.positions.max()) < LONG
+    ends = max(s.start + len(s.ids) for s in stretches)
+    return ends <= LONG and sum(len(s.ids) for s in stretches) <= FEW
+
+
+def _later_guesses(stretches: Seq[Stretch], lengths: Seq[int]) -> tuple[list[Stretch], list[Heads]]:
+    """The rows behind the first guesses, one for each further guess, and the passes that they make.
+
+    A pass has a row for each stretch that wants a guess more; its token is the guess before it.
+    """
+    ends = [end - 1 for end in accumulate(len(s.ids) for s in stretches)]
+    going = [(s, length, end) for s, length, end in zip(stretches, lengths, ends, strict=True) if length]
+    count, later, passes = ends[-1] + 1, list[Stretch](), list[Heads]()
+    for number in range(max(lengths)):
+        heads, further = list[tuple[int, int]](), []
+        for s, length, row in going:
+            if length > number + 1:
+                further.append((s, length, count + len(later)))
+                later.append(Stretch(s.sequence, s.start + len(s.ids) + number, [0]))
+            heads.append((row, further[-1][2] if length > number + 1 else -1))
+        passes.append(Heads(count + len(later) - len(further), heads))
+        going = further
+    return later, passes or [Heads(count, [])]

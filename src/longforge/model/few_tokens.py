@@ -6,7 +6,9 @@ specification) with activations in fp32 whatever the weights' dtype. Each row is
 fixed order: its bits depend on its path's keys and its position, not on the other rows or their number.
 """
 
-from typing import Any
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -15,27 +17,46 @@ from torch import Tensor, nn
 
 from longforge.errors import InputError
 from longforge.kernels.few_tokens.attention import CHUNK, SPANS
+from longforge.kernels.few_tokens.heads import head, head_alone
 from longforge.kernels.few_tokens.rooms import pad, rooms_for
-from longforge.kernels.few_tokens.step import (
-    PHASES_OF_LAYER,
-    PHASES_OF_STEP,
-    head,
-    head_alone,
-    step,
-    step_alone,
-)
+from longforge.kernels.few_tokens.step import PHASES_OF_LAYER, PHASES_OF_PASS, step, step_alone
 from longforge.kernels.numba_host import parallel_region
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
 from longforge.model.few_tokens_tables import tables
 
-__all__ = ["FewTokens"]
+__all__ = ["FewTokens", "Heads"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
 ALONE = 1 << 20
 """Multiply-adds up to which one thread works alone. On free cores two are faster from one row of the shipped
 model on (`kernels/few_tokens/NOTES.md`); where cores are not free, `longforge serve` takes one thread."""
+
+
+_NO_HIDDEN = np.empty((0, 0), np.float32)
+
+
+class Heads(NamedTuple):
+    """What one pass of the MTP module is asked."""
+
+    end: int
+    """Its rows end here; they begin where those of the pass before end."""
+    rows: list[tuple[int, int]]
+    """Rows that guess a token, each with the later row that goes on from there, or -1."""
+
+
+class _Sizes(NamedTuple):
+    """Of the model, as every step needs them."""
+
+    hidden: int
+    padded: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    ranked_from: int
+    """Blocks up to which nothing is ranked."""
 
 
 class FewTokens:
@@ -59,6 +80,12 @@ class FewTokens:
                 f"{held.device}"
             )
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
+        c = model.config
+        ranked_from = c.top_k_blocks if c.has("sparse") else sys.maxsize
+        self._sizes = _Sizes(
+            c.hidden_size, pad(c.hidden_size), c.heads, c.kv_heads, c.head_dim, c.block_size, ranked_from
+        )
+        self._held_logits = np.empty((0, c.vocab_size), np.float32)
         self._weight_kind, self._cache_kind = _kind(model.dtype), _kind(held.dtype)
         self._head_kind = _kind(model.head_weight.dtype)
         self.refresh()
@@ -83,6 +110,7 @@ class FewTokens:
     def refresh(self) -> None:
         """Looks at the weights again: after any change of theirs, in place or not."""
         self._tables = tables(self.model, self.cache)
+        self._model_at, self._layers_at = self._tables.model.ctypes.data, self._tables.layers.ctypes.data
 
     @property
     def selected(self) -> np.ndarray:
@@ -103,7 +131,18 @@ class FewTokens:
 
         Raises InputError for no token, or more than max_tokens.
         """
-        return self._step(-1, ids, (positions, paths, slots, page_table), np.empty((0, 0), np.float32))
+        return self.step(np.stack([ids, positions, paths, slots]), page_table, ())[0]
+
+    def step(self, rows: np.ndarray, page_table: np.ndarray, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states fp32 [N, d], and logits fp32 [len(heads), V] of some of them, as one compiled call.
+
+        rows: int64 [4, N], ids, positions, paths and slots; otherwise like `hidden` and `logits`. The next
+        call of any method writes over the logits.
+        """
+        n = rows.shape[1]
+        passes = np.array([[0, len(self.model.config.layers), 0, n, 0, len(heads)]])
+        held = np.array([heads, heads, heads], np.int64)
+        return self._run(passes, n, n * self._tables.work, rows, page_table, _NO_HIDDEN, held)
 
     def mtp(
         self,
@@ -120,14 +159,45 @@ class FewTokens:
         Its keys are in the cache's entries behind the layers'. Raises InputError where the model has no such
         module or the cache no entry for it.
         """
-        held = len(self.model.config.layers) + module
-        if not 0 <= module < len(self.model.mtp) or held >= len(self.cache.k):
+        layers = len(self.model.config.layers)
+        if not 0 <= module < len(self.model.mtp) or layers + module >= len(self.cache.k):
             raise InputError(
                 f"module: one of the model's {len(self.model.mtp)} MTP modules with pages in the cache "
                 f"expected, got {module}"
             )
-        given = hidden.detach().float().contiguous().numpy()
-        return self._step(module, ids, (positions, paths, slots, page_table), given)
+        rows, n = np.stack([ids, positions, paths, slots]), len(ids)
+        passes = np.array([[layers + module, layers + module + 1, 0, n, 0, 0]])
+        given, heads = hidden.detach().float().contiguous().numpy(), np.zeros((3, 0), np.int64)
+        return self._run(passes, n, n * self._tables.work // layers, rows, page_table, given, heads)[0]
+
+    def guesses(
+        self, before: Sequence[Tensor], rows: np.ndarray, page_table: np.ndarray, passes: Sequence[Heads]
+    ) -> list[list[int]]:
+        """Tokens that the first MTP module guesses, of up to MOST_GUESSES passes as one compiled call.
+
+        A pass takes adjacent rows; each of its heads is a row and the later row that goes on from there: with
+        the guessed token as its id and the module's output as its hidden state. -1: none does.
+
+        before: hidden states [., d] of the first pass's rows, one after the other; rows int64 [4, R] as in
+        `step`, ids behind the first pass are written over. Returns the tokens of each pass.
+        """
+        layers, d = len(self.model.config.layers), self.model.config.hidden_size
+        hidden = torch.empty(rows.shape[1], d)
+        first = torch.cat(list(before)) if len(before) > 1 else before[0]
+        hidden[: len(first)] = first
+        table, held, begin = [], [], 0
+        for number, (end, heads) in enumerate(passes):
+            layer = layers if number == 0 else layers + self._tables.modules + number - 1
+            table.append((layer, layer + 1, begin, end, len(held), len(held) + len(heads)))
+            held += heads
+            begin = end
+        tokens = np.zeros((3, len(held)), np.int64)
+        if held:
+            tokens[:2] = np.array(held).T
+        most = max(len(first), 1)
+        work = rows.shape[1] * self._tables.work // layers
+        self._run(np.array(table), most, work, rows, page_table, hidden.numpy(), tokens)
+        return [tokens[2, a:b].tolist() for *_, a, b in table]
 
     def likeliest(self, hidden: Tensor) -> list[int]:
         """The token of the highest logit for each row of hidden [B, d]; ties to the lower id."""
@@ -151,33 +221,49 @@ class FewTokens:
                 head(max(1, min(4 * numba.get_num_threads(), vocab // 8)), *arguments)
         return out
 
-    def _step(
-        self, module: int, ids: np.ndarray, layout: tuple[np.ndarray, ...], hidden: np.ndarray
-    ) -> Tensor:
-        c, n = self.model.config, len(ids)
-        if not 0 < n <= self.max_tokens:
-            raise InputError(f"few tokens: from 1 to {self.max_tokens} tokens expected, got {n}")
-        t = self._tables
-        last = int(layout[0].max())
-        blocks = last // c.block_size + 1
+    def _run(
+        self,
+        passes: np.ndarray,
+        most: int,
+        work: int,
+        rows: np.ndarray,
+        page_table: np.ndarray,
+        hidden: np.ndarray,
+        heads: np.ndarray,
+    ) -> tuple[Tensor, Tensor]:
+        """most: rows of the largest pass; work: multiply-adds of all of them, without heads."""
+        c, t = self._sizes, self._tables
+        if not 0 < most <= self.max_tokens:
+            raise InputError(f"few tokens: from 1 to {self.max_tokens} tokens expected, got {most}")
+        blocks = int(rows[1].max()) // c.block_size + 1
         # Spans grow with the prefix: the row with most of them need not be the last, see `spans_of`.
         spans = min(SPANS, -(-blocks // max(1, CHUNK // c.block_size)))
-        ranked = c.has("sparse") and blocks > c.top_k_blocks
-        maxima = np.empty((n, c.kv_heads, blocks if ranked else 0), np.float32)
-        parts = np.empty(n * c.heads * spans * (c.head_dim + 2), np.float32)
-        out = np.empty((n, c.hidden_size), np.float32)
-        threads = self._threads(n * t.work)
-        turns = np.zeros((PHASES_OF_LAYER * len(t.layers) + PHASES_OF_STEP, threads + 1, 8), np.int64)
+        maxima = np.empty((most, c.kv_heads, blocks if blocks > c.ranked_from else 0), np.float32)
+        parts = np.empty(most * c.heads * spans * (c.head_dim + 2), np.float32)
+        out = np.zeros((rows.shape[1], c.padded), np.float32)
+        logits = self._logits_of(heads.shape[1])
+        work += logits.size * c.hidden
+        threads = self._threads(work)
+        phases = sum((end - first) * PHASES_OF_LAYER + PHASES_OF_PASS for first, end, *_ in passes.tolist())
+        turns = np.zeros((phases, threads + 1, 8), np.int64)
         arguments = (
-            module, t.model.ctypes.data, t.layers.ctypes.data, t.scales, self._weight_kind, self._cache_kind,
-            ids, layout, hidden, self._rooms, spans, maxima, parts, turns, out,
+            passes, self._model_at, self._layers_at, t.scales, self._weight_kind, self._cache_kind,
+            self._head_kind, rows, page_table, hidden, self._rooms, spans, maxima, parts, turns, out, heads,
+            logits,
         )  # fmt: skip
         if threads == 1:
             step_alone(*arguments)
         else:
-            with parallel_region(n * t.work):
+            with parallel_region(work):
                 step(threads, *arguments)
-        return torch.from_numpy(out)
+        states = torch.from_numpy(out)
+        return states if c.padded == c.hidden else states[:, : c.hidden], torch.from_numpy(logits)
+
+    def _logits_of(self, count: int) -> np.ndarray:
+        """fp32 [count, V], the same memory every time."""
+        if count > len(self._held_logits):
+            self._held_logits = np.empty((count, self.model.config.vocab_size), np.float32)
+        return self._held_logits[:count]
 
     @staticmethod
     def _threads(work: int) -> int:

@@ -28,7 +28,10 @@ from longforge.model.experts import DenseFeedForward, MixtureOfExperts
 from longforge.model.mtp import MTPModule
 from longforge.model.norms import RMSNorm
 
-__all__ = ["Tables", "tables"]
+__all__ = ["MOST_GUESSES", "Tables", "tables"]
+
+MOST_GUESSES = 3
+"""Passes of an MTP module that one step may take."""
 
 MIXERS = {"full": FULL, "sliding": SLIDING, "sparse": SPARSE}
 NORMS = {None: NORM_NONE, "per_head": NORM_HEADS, "per_layer": NORM_ALL}
@@ -40,7 +43,10 @@ class Tables(NamedTuple):
     model: np.ndarray
     """MODEL [1]."""
     layers: np.ndarray
-    """LAYER [layers + MTP modules with pages]."""
+    """LAYER [layers + MTP modules with pages + MOST_GUESSES - 1 where there are modules]: at the end the first
+    module again, for its later passes of a step (`Rooms.experts` says why a pass needs its own number)."""
+    modules: int
+    """MTP modules with pages."""
     scales: np.ndarray
     """fp32, the factors of all norms and the rotation's frequencies."""
     held: list[Tensor]
@@ -139,8 +145,12 @@ def tables(model: CausalLM, cache: KVCache) -> Tables:
         row["eh_proj"] = write.matrix(module.eh_proj.weight)
         row["embed_norm"], row["hidden_norm"] = write.norm(module.enorm), write.norm(module.hnorm)
         row["final_norm"] = write.norm(module.final_layernorm)
+    if modules:
+        layers = np.concatenate([layers, *[layers[len(c.layers) : len(c.layers) + 1]] * (MOST_GUESSES - 1)])
+        layers["number"] = np.arange(len(layers))
     record = _record(model, write)
-    return Tables(record, layers, torch.cat(write.scales).numpy(), write.held, _work(model))
+    scales = torch.cat(write.scales).numpy()
+    return Tables(record, layers, len(modules), scales, write.held, _work(model))
 
 
 def _attention(row: np.void, block: DecoderLayer, layer: int, cache: KVCache, write: _Writer) -> None:

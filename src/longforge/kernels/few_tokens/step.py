@@ -4,6 +4,7 @@ import numpy as np
 from numba import prange
 
 from longforge.kernels.few_tokens.experts import down_unit, down_units, gate_up_unit, gate_up_units, plan
+from longforge.kernels.few_tokens.heads import guess_phase, head_phase
 from longforge.kernels.few_tokens.layer_attention import attend_phases, write_phase
 from longforge.kernels.few_tokens.products import multiply_rows
 from longforge.kernels.few_tokens.records import LAYER, MODEL
@@ -15,9 +16,9 @@ from longforge.kernels.few_tokens.vectors import borrowed, flat_view
 from longforge.kernels.numba_host import compiled
 from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles
 
-__all__ = ["PHASES_OF_LAYER", "PHASES_OF_STEP", "head", "head_alone", "step", "step_alone"]
+__all__ = ["PHASES_OF_LAYER", "PHASES_OF_PASS", "step", "step_alone"]
 
-PHASES_OF_LAYER, PHASES_OF_STEP = 11, 3
+PHASES_OF_LAYER, PHASES_OF_PASS = 11, 5
 """At most."""
 MODELS, LAYERS = np.empty(1, MODEL), np.empty(1, LAYER)
 """Element types for flat_view: numba's parallel loops cannot take arrays of records."""
@@ -26,62 +27,86 @@ f32 = np.float32
 
 @compiled(parallel=True, error_model="numpy")
 def step(
-    threads, module, model, layers, scales, w, c, ids, layout, hidden, r, spans, maxima, parts, turns, out
-):
-    """Hidden states out [N, d] of tokens ids [N], after the final norm.
+    threads, passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts, turns, out,
+    heads, logits,
+):  # fmt: skip
+    """Hidden states out [R, pad(d)] after the final norm, and logits [H, V] of some of them.
 
+    passes      int64 [passes, 6]: each one's first and end layer, row and head; layers behind the decoder's
+                are those of MTP modules, from hidden [R, d]
     model       address of the MODEL record, layers of the LAYER records
-    module      -1: the decoder; else the MTP module, from hidden [N, d]
-    w, c        empty arrays: element type of weights and of the cache
-    layout      (positions, paths, slots int64 [N], page_table int32 [P, M])
+    w, c, h     empty arrays: element type of weights, of the cache and of the head
+    rows        int64 [4, R]: ids, positions, paths, slots
+    table       int32 [P, M], the page table
     spans       most spans of a prefix; maxima fp32 [N, Hkv, blocks], parts fp32 [N Hq spans (D + 2)]: scratch
+                for the N rows of the largest pass
     turns       zeros, see turns.py
+    heads       int64 [3, H], see heads.py
     """
     for t in prange(threads):
         _work(
-            np.int64(t), module, model, layers, scales, w, c, ids, layout, hidden, r, spans, maxima, parts,
-            turns, out,
+            np.int64(t), passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts,
+            turns, out, heads, logits,
         )  # fmt: skip
 
 
 @compiled(error_model="numpy")
-def step_alone(module, model, layers, scales, w, c, ids, layout, hidden, r, spans, maxima, parts, turns, out):
+def step_alone(
+    passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts, turns, out, heads,
+    logits,
+):  # fmt: skip
     """The same by the calling thread: no region of threads is entered, nobody is waited for."""
     _work(
-        np.int64(0), module, model, layers, scales, w, c, ids, layout, hidden, r, spans, maxima, parts, turns,
-        out,
+        np.int64(0), passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts,
+        turns, out, heads, logits,
     )  # fmt: skip
 
 
 @compiled(error_model="numpy")
 def _work(
-    t, module, model, layers_at, scales, w, c, ids, layout, hidden, rooms, spans, maxima, parts, turns, out
-):
+    t, passes, model, layers_at, scales, w, c, h, rows, table, hidden, rooms, spans, maxima, parts, turns,
+    out, heads, logits,
+):  # fmt: skip
     m, layers, me = flat_view(model, MODELS)[0], flat_view(layers_at, LAYERS), np.zeros(4, np.int64)
-    r, scales, ids, hidden = borrowed_rooms(rooms), borrowed(scales), borrowed(ids), borrowed(hidden)
+    r, scales, rows, hidden = borrowed_rooms(rooms), borrowed(scales), borrowed(rows), borrowed(hidden)
     maxima, parts, turns, out = borrowed(maxima), borrowed(parts), borrowed(turns), borrowed(out)
-    places = borrowed(layout[0]), borrowed(layout[1]), borrowed(layout[2]), borrowed(layout[3])
+    passes, table, heads, logits = borrowed(passes), borrowed(table), borrowed(heads), borrowed(logits)
     me[0] = t
     if m.tiles:
         begin_tiles(TILE_SETTINGS)
-    first = 0 if module < 0 else m.layers + module
-    end = m.layers if module < 0 else first + 1
-    if module < 0:
-        _embed(turns, me, m, layers[0], scales, w, ids, places[0], r)
+    for p in range(len(passes)):
+        a, b, of = passes[p, 2], passes[p, 3], heads[0, passes[p, 4] : passes[p, 5]]
+        layout = rows[1, a:b], rows[2, a:b], rows[3, a:b], table
+        _layers(
+            turns, me, passes[p, 0], passes[p, 1], m, layers, scales, w, c, rows[0, a:b], layout,
+            hidden[a:b], r, spans, maxima, parts, out[a:b],
+        )  # fmt: skip
+        head_phase(turns, me, m, h, out, of, r.numbers, logits, passes[p, 4])
+        if passes[p, 0] >= m.layers:
+            guess_phase(turns, me, logits, out, heads, passes[p, 4], passes[p, 5], rows[0], hidden)
+    if m.tiles:
+        end_tiles()
+
+
+@compiled(error_model="numpy")
+def _layers(
+    turns, me, first, end, m, layers, scales, w, c, ids, layout, hidden, r, spans, maxima, parts, out
+):
+    """One pass of rows through adjacent layers."""
+    if first < m.layers:
+        _embed(turns, me, m, layers[first], scales, w, ids, layout[0], r)
     else:
-        _combine(turns, me, m, layers[first], scales, w, ids, places[0], hidden, r)
+        _combine(turns, me, m, layers[first], scales, w, ids, layout[0], hidden, r)
     for number in range(first, end):
         layer = layers[number]
-        write_phase(turns, me, m, layer, scales, w, c, places, r)
-        attend_phases(turns, me, m, layer, w, c, places, r, spans, maxima, parts)
+        write_phase(turns, me, m, layer, scales, w, c, layout, r)
+        attend_phases(turns, me, m, layer, w, c, layout, r, spans, maxima, parts)
         _feed_forward(turns, me, m, layer, scales, w, len(ids), r)
         if number + 1 < end:
             _finish(turns, me, m, layer, scales, layers[number + 1].input_norm, len(ids), r, r.normed)
         else:
-            last = m.final_norm if module < 0 else layer.final_norm
+            last = m.final_norm if first < m.layers else layer.final_norm
             _finish(turns, me, m, layer, scales, last, len(ids), r, out)
-    if m.tiles:
-        end_tiles()
 
 
 @compiled(error_model="numpy")
@@ -171,27 +196,3 @@ def _finish(turns, me, m, layer, scales, scale, n, r, out):
         add_experts(r.x[i], r.expert_rows, i * (m.chosen + 1), chosen, shared, r.weights[i])
         norm(r.x[i], scales[scale:], m.eps, out[i])
         i = take(turns, me, n)
-
-
-@compiled(parallel=True, error_model="numpy")
-def head(units, model, w, x, numbers, out):
-    """out [B, V] = x [B, pad(d)] @ head.T, vocabulary rows in `units` slices of multiples of eight."""
-    for u in prange(units):
-        _head_slice(np.int64(u), units, model, w, x, numbers, out)
-
-
-@compiled(error_model="numpy")
-def head_alone(model, w, x, numbers, out):
-    """The same by the calling thread."""
-    _head_slice(np.int64(0), 1, model, w, x, numbers, out)
-
-
-@compiled(error_model="numpy")
-def _head_slice(u, units, model, w, x, numbers, out):
-    m, inner = flat_view(model, MODELS)[0], x.shape[1]
-    step = (m.vocab + 8 * units - 1) // (8 * units) * 8
-    first = u * step
-    multiply_rows(
-        out.reshape(-1), first, m.vocab, numbers, x.reshape(-1), inner, numbers, len(x),
-        flat_view(m.head, w), first * inner, inner, min(step, m.vocab - first), inner,
-    )  # fmt: skip

@@ -1,9 +1,10 @@
 """Compiled: products of a few rows with a bf16 matrix on a processor with matrix tiles.
 
 The matrix lies in panels (`in_panels`): sixteen of its rows are the right side of a tile product. A row of x
-is cut into two bf16 numbers, x = high + low up to 2^-17 of x, which take two rows of the left side. So products
-are nearly as exact as those of fp32 rows, and up to eight tokens take no more tile products than one would.
-A token's result is the same in any company: it follows from its own two rows of the left side.
+is cut into two bf16 numbers, x = high + low up to 2^-17 of x, which take two rows of the left side. So
+products are nearly as exact as those of fp32 rows, and up to eight tokens take no more tile
+products than one does. A token's result is the same in any company: it follows from its own
+two rows of the left side.
 """
 
 import numpy as np
