@@ -3,19 +3,23 @@
 import numpy as np
 
 from longforge.kernels.few_tokens.attention import (
-    CHUNK,
+    HEADS,
     SCAN,
     attend,
     block_maxima,
+    borrowed_desk,
+    desk_for,
     merge_spans,
     rank,
+    shares,
     spans_of,
 )
+from longforge.kernels.few_tokens.pages import gathered
 from longforge.kernels.few_tokens.records import NORM_HEADS, SPARSE
 from longforge.kernels.few_tokens.rows import heads_of_row, write_keys
 from longforge.kernels.few_tokens.slices import multiply_slice, prepare_slices, slices
 from longforge.kernels.few_tokens.turns import take
-from longforge.kernels.few_tokens.vectors import flat_view
+from longforge.kernels.few_tokens.vectors import borrowed, flat_view
 from longforge.kernels.numba_host import compiled
 from longforge.kernels.vector_code import round_up
 
@@ -80,12 +84,14 @@ def _index_heads(i, m, layer, scales, c, slot, r):
 def attend_phases(turns, me, m, layer, w, c, layout, r, spans, maxima, parts):
     """Attention of every row, then o_proj: r.delta."""
     n = len(layout[0])
+    groups = _groups_of_unit(m, turns, n if layer.mixer == SPARSE else n * spans)
+    desk = desk_for(groups, m.heads // m.kv_heads, m.head_dim, m.block_size, m.top_k)
     if layer.mixer == SPARSE:
         if maxima.shape[2]:
             _scan(turns, me, m, layer, c, layout, r, maxima)
-        _attend_selected(turns, me, m, layer, c, layout, r, maxima)
+        _attend_selected(turns, me, m, layer, c, layout, r, maxima, groups, desk)
     else:
-        _attend_spans(turns, me, m, layer, c, layout, r, spans, parts)
+        _attend_spans(turns, me, m, layer, c, layout, r, spans, parts, groups, desk)
     units = slices(m, m.hidden, r.attended.shape[1], n)
     o = flat_view(layer.o, w)
     prepare_slices(m, me, r.attended, r, n)
@@ -122,74 +128,81 @@ def _scan(turns, me, m, layer, c, layout, r, maxima):
         u = take(turns, me, runs * spans)
 
 
+@compiled()
+def _groups_of_unit(m, turns, units):
+    """How many kv heads a unit takes at once: all that fit where there are units enough for every thread,
+    because they read the same pages; else one."""
+    threads, per_group = turns.shape[1] - 1, m.heads // m.kv_heads
+    return max(1, min(m.kv_heads, HEADS // per_group)) if units >= 4 * threads or threads == 1 else 1
+
+
 @compiled(error_model="numpy")
-def _attend_selected(turns, me, m, layer, c, layout, r, maxima):
+def _attend_selected(turns, me, m, layer, c, layout, r, maxima, groups, borrowed_from):
     positions, paths, _, table = layout
-    n, groups, dim = len(positions), m.kv_heads, m.head_dim
-    per_group = m.heads // groups
-    at, scores = np.empty(CHUNK, np.int64), np.empty(per_group * CHUNK, f32)
-    state, values = np.empty((2, per_group), f32), np.empty(m.top_k, f32)
+    dim, per_group, row = m.head_dim, m.heads // m.kv_heads, m.kv_heads * m.head_dim
+    desk, parts = borrowed_desk(borrowed_from), (m.kv_heads + groups - 1) // groups
     k, v = flat_view(layer.k_cache, c), flat_view(layer.v_cache, c)
-    u = take(turns, me, n * groups)
+    q, out = r.projected.reshape(-1), r.attended.reshape(-1)
+    u = take(turns, me, len(positions) * parts)
     while u >= 0:
-        i, g = u // groups, u % groups
-        ids = r.blocks[layer.sparse_number, i, g]
-        rank(maxima[i, g], positions[i] // m.block_size, values, ids)
-        o = i * r.attended.shape[1] + g * per_group * dim
+        i, g = u // parts, u % parts * groups
+        count = min(groups, m.kv_heads - g)
+        for j in range(g, g + count):
+            rank(maxima[i, j], positions[i] // m.block_size, desk.best, r.blocks[layer.sparse_number, i, j])
+        ids, head = r.blocks[layer.sparse_number, i, g : g + count], g * per_group * dim
         attend(
-            r.projected.reshape(-1), i * r.projected.shape[1] + g * per_group * dim, per_group, dim, k, v,
-            groups * dim, g * dim, m.block_size, table[paths[i]], ids, 0, len(ids), positions[i],
-            layer.window, at, scores, state, r.attended.reshape(-1), o,
+            q, i * r.projected.shape[1] + head, count, per_group, dim, k, v, row, g * dim, m.block_size,
+            table[paths[i]], ids, 0, min(m.top_k, positions[i] // m.block_size + 1), positions[i],
+            layer.window, desk,
         )  # fmt: skip
-        for h in range(per_group):
-            for d in range(dim):
-                r.attended[i, (g * per_group + h) * dim + d] /= state[1, h]
-        u = take(turns, me, n * groups)
+        shares(out, i * r.attended.shape[1] + head, count * per_group, dim, desk, k)
+        u = take(turns, me, len(positions) * parts)
 
 
 @compiled(error_model="numpy")
-def _attend_spans(turns, me, m, layer, c, layout, r, spans, parts):
+def _attend_spans(turns, me, m, layer, c, layout, r, spans, parts, groups, borrowed_from):
+    """A unit: a row's span, and some of its groups. What is the only span of a row is done with it."""
     positions, paths, _, table = layout
-    n, groups, dim = len(positions), m.kv_heads, m.head_dim
-    per_group, sums = m.heads // groups, n * m.heads * spans * dim
-    at, scores = np.empty(CHUNK, np.int64), np.empty(per_group * CHUNK, f32)
-    state, every = np.empty((2, per_group), f32), np.empty(0, np.int32)
+    n, dim, per_group = len(positions), m.head_dim, m.heads // m.kv_heads
+    sums, row = n * m.heads * spans * dim, m.kv_heads * m.head_dim
+    desk, of_row = borrowed_desk(borrowed_from), (m.kv_heads + groups - 1) // groups
+    every = borrowed(np.empty((0, 0), np.int32))  # nothing, and so never read
     k, v = flat_view(layer.k_cache, c), flat_view(layer.v_cache, c)
-    u = take(turns, me, n * spans)
+    q, out = r.projected.reshape(-1), r.attended.reshape(-1)
+    u = take(turns, me, n * spans * of_row)
     while u >= 0:
-        i, s = u // spans, u % spans
-        first, size, count = spans_of(positions[i], layer.window, m.block_size)
-        if s < count:
-            begin = first + s * size
-            end = min(begin + size, positions[i] // m.block_size + 1)
-            # Groups one after the other: what the first reads has brought the others' keys nearer.
-            for g in range(groups):
-                head = (i * groups + g) * spans + s
-                attend(
-                    r.projected.reshape(-1), i * r.projected.shape[1] + g * per_group * dim, per_group, dim,
-                    k, v, groups * dim, g * dim, m.block_size, table[paths[i]], every, begin, end - begin,
-                    positions[i], layer.window, at, scores, state, parts, head * per_group * dim,
-                )  # fmt: skip
-                for h in range(per_group):
-                    parts[sums + (head * per_group + h) * 2] = state[0, h]
-                    parts[sums + (head * per_group + h) * 2 + 1] = state[1, h]
-        u = take(turns, me, n * spans)
-    _merge(turns, me, m, layer, positions, r, spans, parts)
+        i, s, g = u // (spans * of_row), u // of_row % spans, u % of_row * groups
+        first, size, held = spans_of(positions[i], layer.window, m.block_size)
+        if s < held:
+            begin, count = first + s * size, min(groups, m.kv_heads - g)
+            end, head = min(begin + size, positions[i] // m.block_size + 1), g * per_group
+            attend(
+                q, i * r.projected.shape[1] + head * dim, count, per_group, dim, k, v, row, g * dim,
+                m.block_size, table[paths[i]], every, begin, end - begin, positions[i], layer.window, desk,
+            )  # fmt: skip
+            if held == 1:
+                shares(out, i * r.attended.shape[1] + head * dim, count * per_group, dim, desk, k)
+            else:
+                for h in range(count * per_group):
+                    at = (i * m.heads + head + h) * spans + s
+                    gathered(parts, at * dim, desk.sums, h * dim, dim, f32(1), k)
+                    parts[sums + at * 2], parts[sums + at * 2 + 1] = desk.tops[h], desk.totals[h]
+        u = take(turns, me, n * spans * of_row)
+    if spans > 1:
+        _merge(turns, me, m, layer, positions, r, spans, parts)
 
 
 @compiled(error_model="numpy")
 def _merge(turns, me, m, layer, positions, r, spans, parts):
-    """A unit: the heads of a row."""
-    n, groups, dim = len(positions), m.kv_heads, m.head_dim
-    per_group, sums = m.heads // groups, n * m.heads * spans * dim
+    """A unit: the heads of a row of several spans."""
+    n, dim = len(positions), m.head_dim
     i = take(turns, me, n)
     while i >= 0:
-        _, _, count = spans_of(positions[i], layer.window, m.block_size)
-        for head in range(m.heads):
-            g, h = head // per_group, head % per_group
-            first = ((i * groups + g) * spans) * per_group + h
+        _, _, held = spans_of(positions[i], layer.window, m.block_size)
+        for head in range(m.heads if held > 1 else 0):
+            first = (i * m.heads + head) * spans
             merge_spans(
-                parts, first * dim, sums + 2 * first, per_group, count,
+                parts, first * dim, (n * spans * m.heads) * dim + 2 * first, held,
                 r.attended[i, head * dim : (head + 1) * dim],
             )  # fmt: skip
         i = take(turns, me, n)

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-__all__ = ["LANES", "borrowed", "dots_of_keys", "dots_of_rows", "flat_view", "weighted_sums"]
+__all__ = ["LANES", "borrowed", "dots_of_rows", "flat_view"]
 
 intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
 
@@ -60,11 +60,11 @@ def borrowed(typingctx, array):
     return array(array), codegen
 
 
-def _data(context, builder, signature, args, i):
+def data_of(context, builder, signature, args, i):
     return context.make_array(signature.args[i])(context, builder, args[i]).data
 
 
-def _load(builder, base, at, half: bool):
+def load(builder, base, at, half: bool):
     """Sixteen numbers from element `at` on; bf16 bits (half) become the upper halves of fp32 numbers."""
     pointer = builder.gep(base, [at])
     if not half:
@@ -74,7 +74,7 @@ def _load(builder, base, at, half: bool):
     return builder.bitcast(wide, FLOATS)
 
 
-def _fma(builder, x, y, z):
+def fma(builder, x, y, z):
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     name = "llvm.fma.v16f32"
     found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -112,12 +112,12 @@ def _dots(builder, x, x_at, w, w_at, inner, half):
     ]
     with cgutils.for_range(builder, builder.sdiv(inner, I64(LANES))) as loop:
         i = builder.mul(loop.index, I64(LANES))
-        rows = [_load(builder, w, builder.add(at, i), half) for at in w_at]
+        rows = [load(builder, w, builder.add(at, i), half) for at in w_at]
         for t, at in enumerate(x_at):
-            token = _load(builder, x, builder.add(at, i), half=False)
+            token = load(builder, x, builder.add(at, i), half=False)
             for r, row in enumerate(rows):
                 total = sums[t * len(w_at) + r]
-                builder.store(_fma(builder, token, row, builder.load(total)), total)
+                builder.store(fma(builder, token, row, builder.load(total)), total)
     vectors = [builder.load(total) for total in sums]
     while len(vectors) & (len(vectors) - 1):
         vectors.append(vectors[-1])
@@ -143,7 +143,7 @@ def dots_of_rows(rows: int, tokens: int):
         def codegen(context, builder, signature, args):
             _, o, o_row, _, _, x_row, _, j, _, w0, w_row, inner = args
             out_p, to_p, x_p, of_p, w_p = (
-                _data(context, builder, signature, args, i) for i in (0, 3, 4, 6, 8)
+                data_of(context, builder, signature, args, i) for i in (0, 3, 4, 6, 8)
             )
             js = [builder.add(j, I64(t)) for t in range(tokens)]
             x_at = [builder.mul(builder.load(builder.gep(of_p, [at])), x_row) for at in js]
@@ -160,74 +160,6 @@ def dots_of_rows(rows: int, tokens: int):
     return tile
 
 
-def dots_of_keys(keys: int, heads: int):
-    """An intrinsic: out[o + h * o_row + r] = x[x0 + h * x_row :] . w[at[j + r] :], inner long (a multiple of
-    16), for r < keys and h < heads. Arrays are flat; w may hold bf16 bits."""
-
-    @intrinsic
-    def tile(typingctx, out, o, o_row, x, x0, x_row, w, at, j, inner):
-        n = types.int64
-        sig = types.void(out, n, n, x, n, n, w, at, n, n)
-
-        def codegen(context, builder, signature, args):
-            _, o, o_row, _, x0, x_row, _, _, j, inner = args
-            out_p, x_p, w_p, at_p = (_data(context, builder, signature, args, i) for i in (0, 3, 6, 7))
-            x_at = [builder.add(x0, builder.mul(x_row, I64(h))) for h in range(heads)]
-            w_at = [builder.load(builder.gep(at_p, [builder.add(j, I64(r))])) for r in range(keys)]
-            half = signature.args[6].dtype == types.uint16
-            sums = _dots(builder, x_p, x_at, w_p, w_at, inner, half)
-            for h in range(heads):
-                row = builder.add(o, builder.mul(o_row, I64(h)))
-                _store_lanes(builder, out_p, row, sums, h * keys, keys)
-            return context.get_dummy_value()
-
-        return sig, codegen
-
-    return tile
-
-
-def weighted_sums(heads: int, columns: int):
-    """An intrinsic: out[o + h * o_row + c] += sum over j < count of p[p0 + h * p_row + j] *
-    v[at[j] + v0 + c], in order of j, for h < heads and c < 16 * columns. Arrays are flat; v may hold bf16
-    bits."""
-
-    @intrinsic
-    def tile(typingctx, out, o, o_row, p, p0, p_row, v, at, v0, count):
-        n = types.int64
-        sig = types.void(out, n, n, p, n, n, v, at, n, n)
-
-        def codegen(context, builder, signature, args):
-            _, o, o_row, _, p0, p_row, _, _, v0, count = args
-            out_p, p_p, v_p, at_p = (_data(context, builder, signature, args, i) for i in (0, 3, 6, 7))
-            half = signature.args[6].dtype == types.uint16
-            cells = [(h, c) for h in range(heads) for c in range(columns)]
-
-            def target(h, c):
-                return builder.add(builder.add(o, I64(LANES * c)), builder.mul(o_row, I64(h)))
-
-            sums = [
-                cgutils.alloca_once_value(builder, _load(builder, out_p, target(h, c), False))
-                for h, c in cells
-            ]
-            with cgutils.for_range(builder, count) as loop:
-                row = builder.add(builder.load(builder.gep(at_p, [loop.index])), v0)
-                values = [_load(builder, v_p, builder.add(row, I64(LANES * c)), half) for c in range(columns)]
-                for h in range(heads):
-                    place = builder.add(builder.add(p0, builder.mul(p_row, I64(h))), loop.index)
-                    share = _splat(builder, builder.load(builder.gep(p_p, [place])))
-                    for c in range(columns):
-                        total = sums[h * columns + c]
-                        builder.store(_fma(builder, share, values[c], builder.load(total)), total)
-            for (h, c), total in zip(cells, sums, strict=True):
-                pointer = builder.bitcast(builder.gep(out_p, [target(h, c)]), ir.PointerType(FLOATS))
-                builder.store(builder.load(total), pointer, align=4)
-            return context.get_dummy_value()
-
-        return sig, codegen
-
-    return tile
-
-
-def _splat(builder, value):
+def splat(builder, value):
     undefined = ir.Constant(FLOATS, ir.Undefined)
     return _shuffled(builder, builder.insert_element(undefined, value, I32(0)), undefined, [0] * LANES)
