@@ -13,7 +13,7 @@ from longforge.kernels.layout import PackedLayout
 from longforge.kernels.select_blocks import reference
 from longforge.kernels.tiles.engine import TILE_ENGINE
 from longforge.model import CausalLM, KVCache, few_tokens
-from longforge.model.few_tokens import FewTokens
+from longforge.model.few_tokens import FewTokens, Heads
 
 MODELS = {
     "m2": {"family": "m2"},
@@ -286,6 +286,52 @@ def test_an_mtp_module_equals_its_torch_forward(build, layout, name):
         step = arrays(layout([(0, a, b)], table, c.block_size))
         given.append(few.mtp(0, hidden[a:b], ids[0, a + 1 : b + 1].numpy(), *step))
     torch.testing.assert_close(torch.cat(given), wanted, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["m2", "m3", "odd"])
+def test_guesses_in_one_call_are_those_of_a_pass_at_a_time(build, layout, monkeypatch, name, threads):
+    """Two paths: of the first three tokens, known by four pairs; of the second one token."""
+    lm = build(name)
+    c = lm.config
+    monkeypatch.setattr(few_tokens, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ids = torch.randint(0, c.vocab_size, (2, 30))
+    table = torch.arange(2 * -(-30 // c.block_size)).flip(0).view(2, -1).to(torch.int32)
+    before = torch.randn(7, c.hidden_size)
+    pairs = [(0, 0, 4), (1, 0, 3)]
+    few = FewTokens(lm, new_cache(lm, table.numel()))
+    hidden = few.mtp(0, before, packed(pairs, ids).numpy(), *arrays(layout(pairs, table, c.block_size)))
+    wanted, last = [few.likeliest(hidden[[3, 6]])], hidden[3:4]
+    for t in (4, 5):
+        step = arrays(layout([(0, t, t + 1)], table, c.block_size))
+        last = few.mtp(0, last, np.array(wanted[-1][:1]), *step)
+        wanted.append(few.likeliest(last))
+    rows = [(0, 0, 4), (1, 0, 3), (0, 4, 6)]
+    positions, paths, slots, pages = arrays(layout(rows[:2], table, c.block_size))
+    later = arrays(layout(rows[2:], table, c.block_size))
+    packed_rows = [
+        [*packed(pairs, ids).tolist(), 0, 0],
+        *[
+            [*now.tolist(), *then.tolist()]
+            for now, then in zip((positions, paths, slots), later, strict=False)
+        ],
+    ]
+    few = FewTokens(lm, new_cache(lm, table.numel()))
+    passes = [Heads(7, [(3, 7), (6, -1)]), Heads(8, [(7, 8)]), Heads(9, [(8, -1)])]
+    assert few.guesses([before[:4], before[4:]], packed_rows, pages, passes) == wanted
+
+
+def test_a_steps_logits_are_those_of_its_hidden_states(build, layout):
+    lm = build("odd")
+    table, ids = torch.arange(20)[None].to(torch.int32), torch.randint(0, lm.config.vocab_size, (1, 9))
+    few = FewTokens(lm, new_cache(lm, 20))
+    rows = [
+        ids[0].tolist(),
+        *[x.tolist() for x in arrays(layout([(0, 0, 9)], table, lm.config.block_size))[:3]],
+    ]
+    hidden, logits = few.step(rows, table.numpy(), [2, 3, 8])
+    assert torch.equal(logits, few.logits(hidden[[2, 3, 8]]))
 
 
 def test_shared_pages_serve_both_paths(build, layout):

@@ -51,17 +51,23 @@ class Drafter:
         self._observe = observe
         self._seen: dict[tuple[int, int], float] = {}
         """Seconds of steps by (requests, guesses of each)."""
+        self._begun: set[tuple[int, int]] = set()
+        """Those that were there once."""
         self._looks: dict[int, int] = {}
         """Looks at steps without guesses so far, by requests."""
 
     def saw(self, work: Seq[Work], seconds: float) -> None:
         """A whole step took so long. It tells something where all its requests did the same: generate, and
         verify as many guesses as they made."""
-        lengths = {len(item.drafts) for item in work} | {len(item.sequence.drafts) for item in work}
-        if self._observe and len(lengths) == 1 and all(item.tokens == 1 for item in work):
-            key = (len(work), lengths.pop())
+        length = len(work[0].drafts)
+        same = all(len(w.drafts) == len(w.sequence.drafts) == length and w.tokens == 1 for w in work)
+        if self._observe and same:
+            key = (len(work), length)
+            if key not in self._begun:
+                self._begun.add(key)  # the first of a kind may have compiled something
+                return
             before = self._seen.get(key, seconds)
-            self._seen[key] = before + SEEN_RATE * (seconds - before)
+            self._seen[key] = before + SEEN_RATE * (min(seconds, 2 * before) - before)
 
     def forget(self) -> None:
         """Steps seen so far do not count."""
@@ -174,7 +180,7 @@ class Drafter:
             end = sequence.computed + (sequence not in ending)
             stretches.append(Stretch(sequence, state.done, sequence.ids[state.done : end].tolist()))
             pending = state.pending[0] if len(state.pending) == 1 else torch.cat(state.pending)
-            before.append(pending[: end - state.done])
+            before.append(pending if len(pending) == end - state.done else pending[: end - state.done])
             state.done, state.pending = end, []
         return stretches, before
 

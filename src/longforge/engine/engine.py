@@ -172,7 +172,7 @@ class Engine:
         hidden = self._runner.run([_stretch(item) for item in work], places, blocks)
         prompts = self._count_prompts(work)
         events, ended = self._results.take(spans, hidden, blocks)
-        if self._mover is not None and max(prompts) > 1:
+        if self._mover is not None and max(prompts, default=0) > 1:
             # Sampling waits for a GPU; what loading took, in `schedule`, is no prefill.
             self._mover.saw_prefill(sum(prompts), time.perf_counter() - planned)
         sequences = [item.sequence for item in work]
@@ -303,11 +303,12 @@ class Engine:
             self._mover.keep(sequence, range(before, sequence.published))
 
     def _count_prompts(self, work: list[Work]) -> list[int]:
-        """Prompt tokens of each, before they are booked."""
-        prompts = [
-            min(item.tokens, max(0, len(item.sequence.request.prompt_ids) - item.sequence.computed))
-            for item in work
-        ]
+        """Prompt tokens of each that has some, before they are booked."""
+        prompts = []
+        for sequence, tokens, _, _ in work:
+            left = len(sequence.request.prompt_ids) - sequence.computed
+            if left > 0:
+                prompts.append(min(tokens, left))
         self._prompt_tokens += sum(prompts)
         return prompts
 

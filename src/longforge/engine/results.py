@@ -56,22 +56,21 @@ class Results:
         sampled = None
         if rows:
             sampled = sample(self._runner.logits_at(hidden, places), rows)
-        first = 0
+        first, keeping = 0, self._runner.cache.tail is not None
         for span in spans:
-            sequence = span.work.sequence
-            computed = span.work.tokens
+            (sequence, computed, _, samples), start, its_rows = span
             sequence.computed += computed
-            if span.work.samples and sequence not in ended:
+            if samples and sequence not in ended:
                 assert sampled is not None, "rows were sampled"
                 before = sequence.known
                 if self._follow(span, sampled, first, blocks, events):
                     ended.append(sequence)
-                first += len(span.sampled)
+                first += len(its_rows)
                 right = max(0, sequence.known - before - 1)
                 sequence.computed += right
                 computed += right
-            if self._runner.cache.tail is not None:
-                sequence.drafting.pending.append(_kept(hidden, span.start, computed))
+            if keeping:
+                sequence.drafting.pending.append(_kept(hidden, start, computed))
         return events, ended
 
     def _follow(
@@ -198,6 +197,9 @@ def _rows(span: Span) -> list[Row]:
     sequence, drafts = span.work.sequence, span.work.drafts
     if not span.work.samples:
         return []
+    if not drafts and sequence.matcher is None:
+        params, seed = sequence.request.params, sequence.seed
+        return [Row(params, seed, sequence.known, sequence.generated, sequence.counts)]
     masks = [None] * (len(drafts) + 1) if sequence.matcher is None else sequence.matcher.masks(drafts)
     return [
         Row(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence as Seq
 from itertools import accumulate
-from operator import eq
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +105,9 @@ class Runner:
         if blocks is not None:
             blocks += [torch.from_numpy(layer[: len(hidden)].copy()) for layer in self._selected()]
         if self.cache.tail is not None:
-            self._keep_tails(hidden, rows[3])
+            for row, slot in enumerate(rows[3]):  # seldom one of them: not worth gathering
+                if (slot + 1) % self.block_size == 0:
+                    self.cache.tail[slot // self.block_size].copy_(hidden[row])
         return hidden
 
     def _run_model(self, batch: Batch, blocks: list[Tensor] | None) -> Tensor:
@@ -126,11 +127,11 @@ class Runner:
         return hidden
 
     def logits_at(self, hidden: Tensor, places: Seq[int]) -> Tensor:
-        """Logits fp32 [len(places), V] at ascending places of hidden [N, d]. Those of what `run` returned last
-        may be known already; they are valid until the model runs again."""
+        """Logits fp32 [len(places), V] at ascending places of hidden [N, d]. Those of what `run` returned may
+        be known already; they are valid until the model runs again."""
         if self._known_logits is not None:
             seen, known, logits = self._known_logits
-            if seen is hidden and len(known) == len(places) and all(map(eq, known, places)):
+            if seen is hidden and (known is places or list(known) == list(places)):
                 return logits
         return self.logits(self.rows(hidden, places))
 
@@ -150,7 +151,8 @@ class Runner:
     def run_drafts(self, stretches: Seq[Stretch], before: Tensor) -> Tensor:
         """The first MTP module over tokens, each with the hidden state of the position before it: [N, d]."""
         if self._few is not None and _is_little(stretches):
-            return self._few.mtp(0, before, *self._rows(stretches), self._page_table)
+            ids, positions, paths, slots = map(np.array, self._rows(stretches))
+            return self._few.mtp(0, before, ids, positions, paths, slots, self._page_table)
         batch = self._pack(stretches)
         with torch.inference_mode():
             drafted = None if self._graphs is None else self._graphs.draft(batch, before)
@@ -170,12 +172,8 @@ class Runner:
             return None
         later, passes = _later_guesses(stretches, lengths)
         given = self._few.guesses(before, self._rows([*stretches, *later]), self._page_table, passes)
-        guesses: list[list[int]] = [[] for _ in stretches]
-        for number, tokens in enumerate(given):
-            guessing = [guess for guess, length in zip(guesses, lengths, strict=True) if length > number]
-            for guess, token in zip(guessing, tokens, strict=True):
-                guess.append(token)
-        return guesses
+        passes_of = [iter(tokens) for tokens in given]
+        return [[next(tokens) for tokens in passes_of[:length]] for length in lengths]
 
     def weights_changed(self) -> None:
         """The model's weights are others now."""
@@ -209,9 +207,9 @@ class Runner:
                 tails = hidden.index_select(0, rows).to(self.cache.tail.dtype)
                 self.cache.tail.index_copy_(0, pages, tails)
 
-    def _rows(self, stretches: Seq[Stretch]) -> NDArray[np.int64]:
-        """Ids, positions, rows of the page table, and slots: int64 [4, N]. A list is faster than numpy for the
-        few tokens that a step decodes."""
+    def _rows(self, stretches: Seq[Stretch]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids, positions, rows of the page table, and slots. Lists are faster than numpy for the few tokens
+        that a step decodes."""
         size = self.block_size
         ids, positions, paths, slots = list[int](), list[int](), list[int](), list[int]()
         for sequence, start, tokens in stretches:
@@ -220,7 +218,7 @@ class Runner:
                 positions.append(position)
                 paths.append(sequence.row)
                 slots.append(sequence.pages[position // size] * size + position % size)
-        return np.array([ids, positions, paths, slots], dtype=np.int64)
+        return ids, positions, paths, slots
 
     def _pack(self, stretches: Seq[Stretch]) -> Batch:
         """Ids and their layout, on the host."""

@@ -42,16 +42,17 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     assert logits.shape[0] == len(rows) and logits.shape[1] <= MAX_VOCAB
     if not rows:
         return Sampled([], [], [], [])
-    twin = _twin(logits)
-    chosen = twin.choose(logits, rows)
+    chosen = _twin(logits).choose(logits, rows)
     failed = [token < 0 for token in chosen.tokens]
-    logprobs, tops = list[float](), list[_Top]()
-    for at, (row, dead) in enumerate(zip(rows, failed, strict=True)):
-        peak = chosen.peaks[at]
-        rest = math.nan if dead else math.log(chosen.totals[at] / UNIT)
-        logprobs.append(chosen.logits[at] - peak - rest)
-        count = 0 if dead else row.params.top_logprobs
-        tops.append(_top(logits[at], count, peak, rest) if count else ())
+    logprobs = [
+        logit - peak - math.log(total / UNIT) if token >= 0 else math.nan
+        for token, logit, peak, total in zip(*chosen, strict=True)
+    ]
+    tops: list[_Top] = [()] * len(rows)
+    for at, row in enumerate(rows):
+        if row.params.top_logprobs and not failed[at]:
+            rest = math.log(chosen.totals[at] / UNIT)
+            tops[at] = _top(logits[at], row.params.top_logprobs, chosen.peaks[at], rest)
     return Sampled(chosen.tokens, logprobs, tops, failed)
 
 

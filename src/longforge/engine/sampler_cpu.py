@@ -13,7 +13,7 @@ from torch import Tensor
 from longforge.engine.draws_cpu import uniform
 from longforge.engine.fixed_weights import LOG2_E, LOG_2, LOWEST, POWERS, SERIES, UNIT
 from longforge.engine.sampler_cpu_filters import drop_unlikely, keep_leading
-from longforge.engine.sampler_rows import LOW_64, Chosen, Edits, Row, edits, joined, stacked_masks
+from longforge.engine.sampler_rows import LOW_32, Chosen, Edits, Row, edits, joined, stacked_masks
 from longforge.kernels.numba_host import compiled
 
 __all__ = ["choose", "top", "totals"]
@@ -31,25 +31,19 @@ _A12, _A11, _A10, _A9, _A8, _A7, _A6, _A5, _A4, _A3, _A2, _A1, _A0 = SERIES
 def choose(logits: Tensor, rows: Sequence[Row]) -> Chosen:
     """A token per row, by inverse transform sampling over ascending ids. logits: fp32 [R, V]."""
     vocab = logits.shape[-1]
-    settings, words, edited, masked = [], [], False, False
+    settings, edited, masked = list[float](), False, False
     for row in rows:
-        p = row.params
-        settings.append((p.temperature, p.top_p, p.min_p))
-        words.append((row.seed & LOW_64, row.position, min(p.top_k, vocab)))
+        p, seed = row.params, row.seed
+        settings += (p.temperature, p.top_p, p.min_p, min(p.top_k, vocab), row.position)
+        settings += (seed & LOW_32, seed >> 32 & LOW_32)
         edited |= bool(p.logit_bias) or p.needs_counts or row.generated < p.min_tokens
         masked |= row.mask is not None
     starts, change = _edits(rows, vocab) if edited else (_NO_INTEGERS, _NO_EDITS)
     masks, which = _masks(rows, vocab) if masked else (_NO_MASKS, _NO_INTEGERS)
-    integers, reals = _choose(
-        logits.contiguous().numpy(),
-        np.array(settings, dtype=np.float64),
-        np.array(words, dtype=np.uint64),
-        starts,
-        *change,
-        masks,
-        which,
-    )
-    return Chosen(*integers[:1].tolist(), *reals.tolist(), *integers[1:].tolist())
+    table = np.array(settings, dtype=np.float64).reshape(len(rows), 7)
+    integers, reals = _choose(logits.contiguous().numpy(), table, starts, *change, masks, which)
+    (tokens, totals), (logits_there, peaks) = integers.tolist(), reals.tolist()
+    return Chosen(tokens, logits_there, peaks, totals)
 
 
 def top(logits: Tensor, count: int) -> tuple[list[int], list[float]]:
@@ -79,9 +73,10 @@ def _masks(rows: Sequence[Row], vocab: int) -> tuple[Any, Any]:
 
 
 @compiled()
-def _choose(logits, settings, words, starts, ids, repetition, taken, added, masks, which):
+def _choose(logits, settings, starts, ids, repetition, taken, added, masks, which):
     """Per row: (token, sum of the raw weights) int64 [2, R] and (raw logit of the token, highest raw logit)
-    float64 [2, R]. settings: temperature, top-p, min-p [R, 3]; words: seed, position, top-k [R, 3]."""
+    float64 [2, R]. settings [R, 7]: temperature, top-p, min-p, top-k, position, and the seed's lower and
+    upper 32 bits; one table, because making a second one takes as long as sampling from 500 tokens."""
     count, vocab = logits.shape
     integers, reals = np.zeros((2, count), dtype=np.int64), np.zeros((2, count))
     x, weights = np.empty(vocab), np.empty(vocab, dtype=np.int64)
@@ -107,7 +102,7 @@ def _choose(logits, settings, words, starts, ids, repetition, taken, added, mask
             continue
         if temperature > 0 and (edited or masked or temperature != 1):
             total = _weigh(x, peak, temperature, weights)
-        token = _token(x, weights, peak, total, settings[row], words[row])
+        token = _token(x, weights, peak, total, settings[row])
         integers[0, row], reals[0, row] = token, logits[row, token]
     return integers, reals
 
@@ -143,19 +138,20 @@ def _top(logits, count):
 
 
 @compiled()
-def _token(x, weights, peak, total, setting, word):
+def _token(x, weights, peak, total, setting):
     """The token of one row, in whose weights `total` is left."""
     if setting[0] == 0:
         token = 0
         while x[token] != peak:
             token += 1
         return token
-    top_k, top_p, min_p = np.int64(word[2]), setting[1], setting[2]
+    top_p, min_p, top_k = setting[1], setting[2], np.int64(setting[3])
     if 0 < top_k < len(x) or top_p < 1:
         total = keep_leading(x, weights, top_k if top_k > 0 else len(x), top_p, total)
     if min_p > 0:
         total = drop_unlikely(weights, min_p * UNIT)
-    target = np.int64(uniform(word[0], word[1]) * total)
+    seed = np.uint64(setting[5]) | np.uint64(setting[6]) << np.uint64(32)
+    target = np.int64(uniform(seed, np.uint64(setting[4])) * total)
     token = 0
     mass = weights[0]
     while mass <= target:

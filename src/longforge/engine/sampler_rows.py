@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from longforge.engine.token_counts import TokenCounts
 from longforge.protocol import SamplingParams
 
-__all__ = ["LOW_64", "Chosen", "Edits", "Row", "edits", "joined", "stacked_masks"]
+__all__ = ["LOW_32", "LOW_64", "Chosen", "Edits", "Row", "edits", "joined", "stacked_masks"]
 
-LOW_64 = 2**64 - 1
+LOW_32, LOW_64 = 2**32 - 1, 2**64 - 1
 """The bits of a seed that count."""
 
 

@@ -100,6 +100,8 @@ class Scheduler:
         work: dict[Sequence, Work] = {}
         budget = self._max_batch_tokens
         for generating in (True, False):
+            if len(work) == len(self.running):
+                break
             for sequence in tuple(self.running):
                 if budget > 0 and sequence.row >= 0 and self._generates(sequence) == generating:
                     budget -= self._give(sequence, budget, work)
@@ -139,6 +141,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, positions: int, work: dict[Sequence, Work]) -> bool:
         """Takes the pages for `positions` tokens, preempting from the end of the order. False if it had to
         go itself."""
+        if positions + self._spare <= len(sequence.pages) * self._block_size:
+            return True
         # The last token is never fed back, so its key needs no slot.
         positions = min(positions + self._spare, sequence.limit - 1)
         short = -(-positions // self._block_size) - len(sequence.pages)

@@ -22,6 +22,7 @@ from longforge.kernels.layout import PackedLayout
 from longforge.kernels.tiles.engine import TILE_ENGINE
 
 __all__ = [
+    "SMALL",
     "compiled",
     "layout_arrays",
     "parallel_region",

@@ -6,7 +6,6 @@ specification) with activations in fp32 whatever the weights' dtype. Each row is
 fixed order: its bits depend on its path's keys and its position, not on the other rows or their number.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from longforge.errors import InputError
-from longforge.kernels.few_tokens.attention import CHUNK, SPANS
 from longforge.kernels.few_tokens.heads import head, head_alone
-from longforge.kernels.few_tokens.rooms import pad, rooms_for
-from longforge.kernels.few_tokens.step import PHASES_OF_LAYER, PHASES_OF_PASS, step, step_alone
-from longforge.kernels.numba_host import parallel_region
+from longforge.kernels.few_tokens.orders import Pass, order_of
+from longforge.kernels.few_tokens.rooms import pad, places_of, rooms_for
+from longforge.kernels.few_tokens.step import step, step_alone
+from longforge.kernels.numba_host import SMALL, parallel_region
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
+from longforge.model.few_tokens_scratch import Scratch, sizes_of
 from longforge.model.few_tokens_tables import tables
 
 __all__ = ["FewTokens", "Heads"]
@@ -46,19 +46,6 @@ class Heads(NamedTuple):
     """Rows that guess a token, each with the later row that goes on from there, or -1."""
 
 
-class _Sizes(NamedTuple):
-    """Of the model, as every step needs them."""
-
-    hidden: int
-    padded: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    block_size: int
-    ranked_from: int
-    """Blocks up to which nothing is ranked."""
-
-
 class FewTokens:
     """Steps of up to `max_tokens` tokens through a model over a cache, both used where they are.
 
@@ -80,12 +67,10 @@ class FewTokens:
                 f"{held.device}"
             )
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
-        c = model.config
-        ranked_from = c.top_k_blocks if c.has("sparse") else sys.maxsize
-        self._sizes = _Sizes(
-            c.hidden_size, pad(c.hidden_size), c.heads, c.kv_heads, c.head_dim, c.block_size, ranked_from
-        )
-        self._held_logits = np.empty((0, c.vocab_size), np.float32)
+        self._sizes = sizes_of(model.config)
+        self._scratch = Scratch(self._sizes)
+        with parallel_region(SMALL + 1):  # starts the threads
+            self._in_turns = numba.threading_layer() == "workqueue"
         self._weight_kind, self._cache_kind = _kind(model.dtype), _kind(held.dtype)
         self._head_kind = _kind(model.head_weight.dtype)
         self.refresh()
@@ -94,6 +79,7 @@ class FewTokens:
         self._rooms = rooms_for(
             self._tables.model, max_tokens, model.config.experts, layers, sparse, CONFIG.NUMBA_NUM_THREADS
         )
+        self._places = places_of(self._rooms)
 
     @staticmethod
     def supports(model: CausalLM) -> bool:
@@ -131,18 +117,21 @@ class FewTokens:
 
         Raises InputError for no token, or more than max_tokens.
         """
-        return self.step(np.stack([ids, positions, paths, slots]), page_table, ())[0]
+        rows = [x.tolist() for x in (ids, positions, paths, slots)]
+        return self.step(rows, page_table, ())[0]
 
-    def step(self, rows: np.ndarray, page_table: np.ndarray, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, rows: Sequence[list[int]], page_table: np.ndarray, heads: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states fp32 [N, d], and logits fp32 [len(heads), V] of some of them, as one compiled call.
 
-        rows: int64 [4, N], ids, positions, paths and slots; otherwise like `hidden` and `logits`. The next
-        call of any method writes over the logits.
+        rows: ids, positions, paths and slots; otherwise like `hidden` and `logits`. The next call of any
+        method writes over the logits.
         """
-        n = rows.shape[1]
-        passes = np.array([[0, len(self.model.config.layers), 0, n, 0, len(heads)]])
-        held = np.array([heads, heads, heads], np.int64)
-        return self._run(passes, n, n * self._tables.work, rows, page_table, _NO_HIDDEN, held)
+        n = len(rows[0])
+        passes = [(0, len(self.model.config.layers), 0, n, 0, len(heads))]
+        heads_only = [(row, -1) for row in heads]
+        return self._run(passes, rows, heads_only, n, n * self._tables.work, page_table, _NO_HIDDEN)[1:]
 
     def mtp(
         self,
@@ -165,39 +154,41 @@ class FewTokens:
                 f"module: one of the model's {len(self.model.mtp)} MTP modules with pages in the cache "
                 f"expected, got {module}"
             )
-        rows, n = np.stack([ids, positions, paths, slots]), len(ids)
-        passes = np.array([[layers + module, layers + module + 1, 0, n, 0, 0]])
-        given, heads = hidden.detach().float().contiguous().numpy(), np.zeros((3, 0), np.int64)
-        return self._run(passes, n, n * self._tables.work // layers, rows, page_table, given, heads)[0]
+        rows, n = [x.tolist() for x in (ids, positions, paths, slots)], len(ids)
+        passes = [(layers + module, layers + module + 1, 0, n, 0, 0)]
+        given = hidden.detach().float().contiguous().numpy()
+        return self._run(passes, rows, [], n, n * self._tables.work // layers, page_table, given)[1]
 
     def guesses(
-        self, before: Sequence[Tensor], rows: np.ndarray, page_table: np.ndarray, passes: Sequence[Heads]
+        self,
+        before: Sequence[Tensor],
+        rows: Sequence[list[int]],
+        page_table: np.ndarray,
+        passes: Sequence[Heads],
     ) -> list[list[int]]:
         """Tokens that the first MTP module guesses, of up to MOST_GUESSES passes as one compiled call.
 
         A pass takes adjacent rows; each of its heads is a row and the later row that goes on from there: with
         the guessed token as its id and the module's output as its hidden state. -1: none does.
 
-        before: hidden states [., d] of the first pass's rows, one after the other; rows int64 [4, R] as in
-        `step`, ids behind the first pass are written over. Returns the tokens of each pass.
+        before: hidden states [., d] of the first pass's rows, one after the other; rows as in `step`, ids
+        behind the first pass do not matter. Returns the tokens of each pass.
         """
-        layers, d = len(self.model.config.layers), self.model.config.hidden_size
-        hidden = torch.empty(rows.shape[1], d)
-        first = torch.cat(list(before)) if len(before) > 1 else before[0]
-        hidden[: len(first)] = first
-        table, held, begin = [], [], 0
-        for number, (end, heads) in enumerate(passes):
+        layers, d, total = len(self.model.config.layers), self.model.config.hidden_size, len(rows[0])
+        hidden, known = np.empty((total, d), np.float32), 0
+        for states in before:
+            hidden[known : known + len(states)] = states.float().numpy()
+            known += len(states)
+        table, heads, begin = list[Pass](), list[tuple[int, int]](), 0
+        for number, (end, more) in enumerate(passes):
             layer = layers if number == 0 else layers + self._tables.modules + number - 1
-            table.append((layer, layer + 1, begin, end, len(held), len(held) + len(heads)))
-            held += heads
+            table.append((layer, layer + 1, begin, end, len(heads), len(heads) + len(more)))
+            heads += more
             begin = end
-        tokens = np.zeros((3, len(held)), np.int64)
-        if held:
-            tokens[:2] = np.array(held).T
-        most = max(len(first), 1)
-        work = rows.shape[1] * self._tables.work // layers
-        self._run(np.array(table), most, work, rows, page_table, hidden.numpy(), tokens)
-        return [tokens[2, a:b].tolist() for *_, a, b in table]
+        work = total * self._tables.work // layers
+        order, *_ = self._run(table, rows, heads, known, work, page_table, hidden)
+        tokens = order[len(order) - len(heads) :].tolist()
+        return [tokens[a:b] for *_, a, b in table]
 
     def likeliest(self, hidden: Tensor) -> list[int]:
         """The token of the highest logit for each row of hidden [B, d]; ties to the lower id."""
@@ -223,47 +214,42 @@ class FewTokens:
 
     def _run(
         self,
-        passes: np.ndarray,
+        passes: Sequence[Pass],
+        rows: Sequence[list[int]],
+        heads: Sequence[tuple[int, int]],
         most: int,
         work: int,
-        rows: np.ndarray,
         page_table: np.ndarray,
         hidden: np.ndarray,
-        heads: np.ndarray,
-    ) -> tuple[Tensor, Tensor]:
-        """most: rows of the largest pass; work: multiply-adds of all of them, without heads."""
-        c, t = self._sizes, self._tables
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
+        """The order as it was carried out (`kernels/few_tokens/orders.py`), hidden states and logits.
+
+        most: rows of the largest pass; work: multiply-adds of all of them, without heads.
+        """
+        s = self._sizes
         if not 0 < most <= self.max_tokens:
             raise InputError(f"few tokens: from 1 to {self.max_tokens} tokens expected, got {most}")
-        blocks = int(rows[1].max()) // c.block_size + 1
-        # Spans grow with the prefix: the row with most of them need not be the last, see `spans_of`.
-        spans = min(SPANS, -(-blocks // max(1, CHUNK // c.block_size)))
-        maxima = np.empty((most, c.kv_heads, blocks if blocks > c.ranked_from else 0), np.float32)
-        parts = np.empty(most * c.heads * spans * (c.head_dim + 2), np.float32)
-        out = np.zeros((rows.shape[1], c.padded), np.float32)
-        logits = self._logits_of(heads.shape[1])
-        work += logits.size * c.hidden
+        order, out = order_of(passes, rows, heads), np.empty((len(rows[0]), s.padded), np.float32)
+        if s.padded > s.hidden:
+            out[:] = 0
+        work += len(heads) * s.vocab * s.hidden
         threads = self._threads(work)
-        phases = sum((end - first) * PHASES_OF_LAYER + PHASES_OF_PASS for first, end, *_ in passes.tolist())
-        turns = np.zeros((phases, threads + 1, 8), np.int64)
+        spans, maxima, parts = self._scratch.of(most, max(rows[1]) // s.block_size + 1)
+        turns, (logits, told) = self._scratch.turns(passes, threads), self._scratch.logits(len(heads))
         arguments = (
-            passes, self._model_at, self._layers_at, t.scales, self._weight_kind, self._cache_kind,
-            self._head_kind, rows, page_table, hidden, self._rooms, spans, maxima, parts, turns, out, heads,
-            logits,
+            order, self._model_at, self._layers_at, self._tables.scales, self._weight_kind, self._cache_kind,
+            self._head_kind, page_table, hidden, self._places, spans, maxima, parts, turns, out, logits,
         )  # fmt: skip
         if threads == 1:
             step_alone(*arguments)
-        else:
+        elif self._in_turns:
             with parallel_region(work):
                 step(threads, *arguments)
+        else:  # what parallel_region does beside this costs a twentieth of a step
+            numba.set_num_threads(threads)
+            step(threads, *arguments)
         states = torch.from_numpy(out)
-        return states if c.padded == c.hidden else states[:, : c.hidden], torch.from_numpy(logits)
-
-    def _logits_of(self, count: int) -> np.ndarray:
-        """fp32 [count, V], the same memory every time."""
-        if count > len(self._held_logits):
-            self._held_logits = np.empty((count, self.model.config.vocab_size), np.float32)
-        return self._held_logits[:count]
+        return order, states if s.padded == s.hidden else states[:, : s.hidden], told
 
     @staticmethod
     def _threads(work: int) -> int:

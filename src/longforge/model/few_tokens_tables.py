@@ -43,8 +43,8 @@ class Tables(NamedTuple):
     model: np.ndarray
     """MODEL [1]."""
     layers: np.ndarray
-    """LAYER [layers + MTP modules with pages + MOST_GUESSES - 1 where there are modules]: at the end the first
-    module again, for its later passes of a step (`Rooms.experts` says why a pass needs its own number)."""
+    """LAYER [layers + MTP modules with pages + MOST_GUESSES - 1 where there are any]: last comes the first
+    module again, for its later passes of a step (`Rooms.experts` says why each has its own number)."""
     modules: int
     """MTP modules with pages."""
     scales: np.ndarray

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 __all__ = ["Grammar", "SamplingParams", "StopReason"]
@@ -65,7 +66,7 @@ class SamplingParams:
     """Log-probabilities of the prompt's tokens, with so many alternatives; such a request computes its whole
     prompt. None: not asked for."""
 
-    @property
+    @cached_property
     def needs_counts(self) -> bool:
         """Whether the tokens so far change the distribution."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1

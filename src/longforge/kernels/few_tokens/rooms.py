@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longforge.kernels.few_tokens.tile_rows import scratch_for
-from longforge.kernels.few_tokens.vectors import borrowed
+from longforge.kernels.few_tokens.vectors import flat_view
 from longforge.kernels.numba_host import compiled
 
-__all__ = ["Rooms", "borrowed_rooms", "pad", "rooms_for"]
+__all__ = ["Rooms", "pad", "places_of", "rooms_at", "rooms_for"]
+
+F32, I64 = np.empty(0, np.float32), np.empty(0, np.int64)
+I32, U16 = np.empty(0, np.int32), np.empty(0, np.uint16)
+"""Element types for flat_view."""
 
 
 class Rooms(NamedTuple):
@@ -63,16 +67,35 @@ class Rooms(NamedTuple):
     """fp32 [threads, ...], and what comes of them."""
 
 
+def places_of(rooms: Rooms) -> np.ndarray:
+    """int64 [fields, 5] for `rooms_at`: where each array is, and its sizes. Twenty arrays as arguments would
+    cost a step more than all its others."""
+    return np.array([[x.ctypes.data, *x.shape, *[1] * (4 - x.ndim)] for x in rooms])
+
+
 @compiled()
-def borrowed_rooms(r):
-    """The same without owners, see `borrowed`."""
+def rooms_at(p):
+    """The rooms of these places, without owners (see `borrowed`): the caller keeps them alive."""
     return Rooms(
-        borrowed(r.x), borrowed(r.normed), borrowed(r.pair), borrowed(r.projected), borrowed(r.attended),
-        borrowed(r.delta), borrowed(r.gate_up), borrowed(r.active), borrowed(r.expert_rows),
-        borrowed(r.weights), borrowed(r.cos), borrowed(r.sin), borrowed(r.choices), borrowed(r.numbers),
-        borrowed(r.shared_rows), borrowed(r.experts), borrowed(r.starts), borrowed(r.of), borrowed(r.to),
-        borrowed(r.blocks), borrowed(r.halves), borrowed(r.sums),
+        _table(p, 0, F32), _table(p, 1, F32), _table(p, 2, F32), _table(p, 3, F32), _table(p, 4, F32),
+        _table(p, 5, F32), _table(p, 6, F32), _table(p, 7, F32), _table(p, 8, F32), _table(p, 9, F32),
+        _table(p, 10, F32), _table(p, 11, F32), _table(p, 12, I64), _line(p, 13), _line(p, 14),
+        _table(p, 15, I64), _table(p, 16, I64), _table(p, 17, I64), _table(p, 18, I64),
+        flat_view(p[19, 0], I32)[: p[19, 1] * p[19, 2] * p[19, 3] * p[19, 4]].reshape(
+            p[19, 1], p[19, 2], p[19, 3], p[19, 4]
+        ),
+        _table(p, 20, U16), _table(p, 21, F32),
     )  # fmt: skip
+
+
+@compiled()
+def _table(p, i, kind):
+    return flat_view(p[i, 0], kind)[: p[i, 1] * p[i, 2]].reshape(p[i, 1], p[i, 2])
+
+
+@compiled()
+def _line(p, i):
+    return flat_view(p[i, 0], I64)[: p[i, 1]]
 
 
 def pad(n: int) -> int:

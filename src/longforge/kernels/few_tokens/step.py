@@ -6,12 +6,13 @@ from numba import prange
 from longforge.kernels.few_tokens.experts import down_unit, down_units, gate_up_unit, gate_up_units, plan
 from longforge.kernels.few_tokens.heads import guess_phase, head_phase
 from longforge.kernels.few_tokens.layer_attention import attend_phases, write_phase
+from longforge.kernels.few_tokens.orders import tables_of
 from longforge.kernels.few_tokens.products import multiply_rows
 from longforge.kernels.few_tokens.records import LAYER, MODEL
-from longforge.kernels.few_tokens.rooms import borrowed_rooms
+from longforge.kernels.few_tokens.rooms import rooms_at
 from longforge.kernels.few_tokens.rows import add_experts, add_row, angles, choose_experts, norm, read_row
 from longforge.kernels.few_tokens.slices import multiply_slice, prepare_slices, slices
-from longforge.kernels.few_tokens.turns import take
+from longforge.kernels.few_tokens.turns import clear, take
 from longforge.kernels.few_tokens.vectors import borrowed, flat_view
 from longforge.kernels.numba_host import compiled
 from longforge.kernels.tiles.product import TILE_SETTINGS, begin_tiles, end_tiles
@@ -27,50 +28,51 @@ f32 = np.float32
 
 @compiled(parallel=True, error_model="numpy")
 def step(
-    threads, passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts, turns, out,
-    heads, logits,
+    threads, order, model, layers, scales, w, c, h, table, hidden, rooms, spans, maxima, parts, turns, out,
+    logits,
 ):  # fmt: skip
     """Hidden states out [R, pad(d)] after the final norm, and logits [H, V] of some of them.
 
-    passes      int64 [passes, 6]: each one's first and end layer, row and head; layers behind the decoder's
-                are those of MTP modules, from hidden [R, d]
+    order       int64, the tables of orders.py one after the other
     model       address of the MODEL record, layers of the LAYER records
     w, c, h     empty arrays: element type of weights, of the cache and of the head
-    rows        int64 [4, R]: ids, positions, paths, slots
     table       int32 [P, M], the page table
+    hidden      fp32 [R, d], what rows of MTP modules begin with
+    rooms       see places_of
     spans       most spans of a prefix; maxima fp32 [N, Hkv, blocks], parts fp32 [N Hq spans (D + 2)]: scratch
                 for the N rows of the largest pass
-    turns       zeros, see turns.py
-    heads       int64 [3, H], see heads.py
+    turns       int64 [phases, threads + 1, 8], see turns.py
     """
+    clear(turns)
     for t in prange(threads):
         _work(
-            np.int64(t), passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts,
-            turns, out, heads, logits,
+            np.int64(t), order, model, layers, scales, w, c, h, table, hidden, rooms, spans, maxima, parts,
+            turns, out, logits,
         )  # fmt: skip
 
 
 @compiled(error_model="numpy")
 def step_alone(
-    passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts, turns, out, heads,
-    logits,
-):  # fmt: skip
+    order, model, layers, scales, w, c, h, table, hidden, rooms, spans, maxima, parts, turns, out, logits
+):
     """The same by the calling thread: no region of threads is entered, nobody is waited for."""
+    clear(turns)
     _work(
-        np.int64(0), passes, model, layers, scales, w, c, h, rows, table, hidden, r, spans, maxima, parts,
-        turns, out, heads, logits,
+        np.int64(0), order, model, layers, scales, w, c, h, table, hidden, rooms, spans, maxima, parts, turns,
+        out, logits,
     )  # fmt: skip
 
 
 @compiled(error_model="numpy")
 def _work(
-    t, passes, model, layers_at, scales, w, c, h, rows, table, hidden, rooms, spans, maxima, parts, turns,
-    out, heads, logits,
+    t, order, model, layers_at, scales, w, c, h, table, hidden, rooms, spans, maxima, parts, turns, out,
+    logits,
 ):  # fmt: skip
     m, layers, me = flat_view(model, MODELS)[0], flat_view(layers_at, LAYERS), np.zeros(4, np.int64)
-    r, scales, rows, hidden = borrowed_rooms(rooms), borrowed(scales), borrowed(rows), borrowed(hidden)
-    maxima, parts, turns, out = borrowed(maxima), borrowed(parts), borrowed(turns), borrowed(out)
-    passes, table, heads, logits = borrowed(passes), borrowed(table), borrowed(heads), borrowed(logits)
+    r, scales, table, hidden = rooms_at(rooms), borrowed(scales), borrowed(table), borrowed(hidden)
+    maxima, parts, turns = borrowed(maxima), borrowed(parts), borrowed(turns)
+    out, logits = borrowed(out), borrowed(logits)
+    passes, rows, heads = tables_of(borrowed(order))
     me[0] = t
     if m.tiles:
         begin_tiles(TILE_SETTINGS)

@@ -6,7 +6,7 @@ a share's weights stay in their core's cache), then what is left of the others'.
 all phases, so a thread that comes late, or never, only makes the step slower.
 
 me: int64 [4], a thread's own notes: its number, its phase, the share it takes from, units done in the phase.
-turns: int64 [phases, threads + 1, 8], zeros before the step: units taken of each share, and units done; a
+turns: int64 [phases, threads + 1, 8], cleared before the step: units taken of each share, and units done; a
 cache line each.
 """
 
@@ -19,7 +19,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 from longforge.kernels.numba_host import compiled
 
-__all__ = ["take"]
+__all__ = ["clear", "take"]
 
 intrinsic: Any = numba_intrinsic
 PATIENCE = 100
@@ -63,6 +63,14 @@ def _offer_core(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@compiled()
+def clear(turns):
+    """Before a step, by one thread. Apart, because numba makes a parallel region of an assignment."""
+    flat = turns.reshape(-1)
+    for i in range(len(flat)):
+        flat[i] = 0
 
 
 @compiled()
