@@ -5,7 +5,7 @@ BIN := .venv/bin
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check format base-model gpu clean
+.PHONY: setup demo test test-all check format base-model draft-module gpu clean
 
 setup: .venv/.ok
 
@@ -39,6 +39,9 @@ format: setup
 
 base-model: setup
 	$(BIN)/python scripts/base_model.py
+
+draft-module: setup
+	$(BIN)/python scripts/draft_module.py
 
 # For a machine with a CUDA device and its own Python packages: runs the tree from src/, installs nothing. The tests
 # first, then the benchmarks of the engine and of attention, which end with short tables; together under ten minutes.

@@ -10,6 +10,7 @@ import torch
 
 _OPTIMISERS = {"adamw": "AdamW", "muon": "Muon for matrices and AdamW for the rest"}
 CARD = Path(__file__).with_suffix(".md")
+DRAFTS_CARD = CARD.with_name("draft_module_card.md")
 
 
 def write_card(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -22,10 +23,23 @@ def write_card(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str,
         "held_out": [_rounded({"step": row["step"], **row["held_out"]}) for row in scores],
         "expert_loads_at_the_end": steps[-1]["expert_loads"],
     }
-    text = json.dumps({**result, "curve": curve}, indent=1)
-    (out / "training.json").write_text(text + "\n", encoding="utf-8")
     _plot(out / "loss_curve.png", steps, scores)
-    card = CARD.read_text(encoding="utf-8").format(**_fields(result))
+    _write_texts(out, {**result, "curve": curve})
+
+
+def add_draft_module(out: Path, draft_module: Mapping[str, Any]) -> None:
+    """Adds what `draft_module.py` made and measured to the training.json and the card in `out`."""
+    result = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    _write_texts(out, {**result, "draft_module": {**draft_module, "machine": _machine()}})
+
+
+def _write_texts(out: Path, result: Mapping[str, Any]) -> None:
+    (out / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    drafts = result.get("draft_module")
+    section = (
+        "" if drafts is None else DRAFTS_CARD.read_text(encoding="utf-8").format(**_draft_fields(drafts))
+    )
+    card = CARD.read_text(encoding="utf-8").format(**_fields(result), draft_module=section)
     (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
 
 
@@ -71,6 +85,32 @@ def _table(held_out: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"{right}/{asked}" for right, asked in (scores["by_kind"][kind] for kind in kinds)]
         total = f"{scores['success']:.1%} ± {scores['half_width']:.1%} of {scores['n']}"
         lines.append(f"| {name} | {total} | " + " | ".join(cells) + f" | {scores['calls']:.2f} |")
+    return "\n".join(lines)
+
+
+def _draft_fields(drafts: Mapping[str, Any]) -> dict[str, Any]:
+    data, optimiser = drafts["config"]["data"], drafts["config"]["optimiser"]
+    return {
+        **{key: drafts[key] for key in ("command", "steps", "minutes", "made")},
+        "tokens": drafts["tokens"] / 1e6,
+        "seed": drafts["config"]["seed"],
+        "tokens_per_step": data["tokens_per_step"],
+        "weights": ", ".join(f"{weight:g}" for weight in drafts["pass_weights"]),
+        "optimiser": _OPTIMISERS[optimiser["matrices"]],
+        "lr": optimiser["lr"],
+        "threads": drafts["machine"]["threads"],
+        **{f"{side}_turns": drafts["after"][side]["turns"] for side in ("bench", "held_out")},
+        "table": _draft_table(drafts),
+    }
+
+
+def _draft_table(drafts: Mapping[str, Any]) -> str:
+    lines = ["| | guess 1 | guess 2 | guess 3 | tokens a step |", "|---|---|---|---|---|"]
+    for side, name in (("bench", "`longforge bench serve`"), ("held_out", "held-out classes")):
+        for when in ("before", "after"):
+            seen = drafts[when][side]
+            cells = [f"{right / max(asked, 1):.1%} of {asked}" for right, asked in seen["guesses"]]
+            lines.append(f"| {name}, {when} | " + " | ".join(cells) + f" | {seen['tokens_per_step']:.2f} |")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longforge.errors import RunError
 from longforge.model.causal_lm import CausalLM
@@ -41,7 +41,7 @@ from longforge.training.optimiser import (
 from longforge.training.schedule import Stage, learning_rate_factor, stage_of
 from longforge.training.state import latest_state, load_state, save_state
 
-__all__ = ["METRICS", "Pretrainer", "StepReport"]
+__all__ = ["METRICS", "Losses", "Pretrainer", "StepReport"]
 
 METRICS = "metrics.jsonl"
 
@@ -71,7 +71,7 @@ class StepReport:
     """Share of the routed tokens each expert got, per MoE layer."""
 
 
-class _Losses(NamedTuple):
+class Losses(NamedTuple):
     lm: float
     index: float
     mtp: float | None
@@ -108,7 +108,7 @@ class Pretrainer:
         self._report = report
         self._device = torch.device(device)
         groups = parameter_groups(
-            model,
+            self._learner(),
             lr=config.optimiser.lr,
             index_lr=config.optimiser.index_lr,
             weight_decay=config.optimiser.weight_decay,
@@ -140,7 +140,7 @@ class Pretrainer:
         norm = clip_groups(self._optimiser, self.config.optimiser.clip)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
-        self.model.update_expert_bias(loads, self.config.optimiser.bias_rate)
+        self._balance(loads)
         self.done += 1
         self.tokens += batch.ids.numel()
         seconds = self._clock() - began
@@ -160,7 +160,14 @@ class Pretrainer:
             expert_loads=tuple(tuple((load / load.sum()).tolist()) for load in loads),
         )
 
-    def _backward(self, batch: Batch, stage: Stage) -> tuple["_Losses", list[Tensor]]:
+    def _learner(self) -> nn.Module:
+        """The part of the model whose parameters are trained."""
+        return self.model
+
+    def _balance(self, loads: Sequence[Tensor]) -> None:
+        self.model.update_expert_bias(loads, self.config.optimiser.bias_rate)
+
+    def _backward(self, batch: Batch, stage: Stage) -> tuple[Losses, list[Tensor]]:
         """Computes the losses and leaves their gradients in the parameters."""
         with self._autocast():
             output = self.model.forward_packed(batch.ids, batch.layout, phase=stage.phase, index_loss=True)
@@ -178,7 +185,7 @@ class Pretrainer:
             else:
                 own.backward(inputs=self._mtp_parameters)
         total.backward()
-        return _Losses(lm.item(), index.item(), mtp_value), loads
+        return Losses(lm.item(), index.item(), mtp_value), loads
 
     def _mtp(self, hidden: Tensor, batch: Batch, stage: Stage) -> tuple[Tensor, MtpLoss]:
         """The MTP modules' whole loss, and its parts. They learn what the assistant says, nothing else."""
