@@ -1,13 +1,11 @@
 """POST /v1/messages and /v1/messages/count_tokens; the same under /anthropic, as MiniMax serves them."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from longforge.chat import encode_prompt
 from longforge.errors import LongforgeError
 from longforge.server.anthropic.conversation import read_conversation
 from longforge.server.anthropic.errors import AnthropicRoute, told
@@ -22,6 +20,7 @@ from longforge.server.anthropic.events import (
     stop_reason,
 )
 from longforge.server.anthropic.wire import CountRequest, MessagesRequest
+from longforge.server.encoding import encoded_conversation
 from longforge.server.patience import with_silences
 from longforge.server.seal import Seal, echo_headers
 from longforge.server.service import EventStream, Service, caller_of, unless_gone
@@ -44,10 +43,17 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
             return wrong
         conversation = read_conversation(body, seal)
         headers = echo_headers(conversation.echoes)
+        prompt = await encoded_conversation(
+            service,
+            conversation.messages,
+            body.offered_tools,
+            body.thinking_mode,
+            context=service.loop.engine.context,
+        )
         turn = Turn(
             service,
             caller_of(request),
-            conversation.messages,
+            prompt,
             body.params,
             tools=body.offered_tools,
             thinking=body.thinking_mode,
@@ -70,13 +76,9 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
     async def count_tokens(body: CountRequest, request: Request) -> Response:
         if wrong := _wrong_model(service, body):
             return wrong
-        prompt = await asyncio.to_thread(  # as long as it likes, and it takes its time
-            encode_prompt,
-            service.tokenizer,
-            read_conversation(body, seal).messages,
-            body.offered_tools,
-            family=service.loop.engine.config.family,
-            thinking=body.thinking_mode,
+        messages = read_conversation(body, seal).messages
+        prompt = await encoded_conversation(  # as long as it likes
+            service, messages, body.offered_tools, body.thinking_mode, context=None
         )
         return JSONResponse({"input_tokens": len(prompt)})
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from longforge.errors import EngineError, InputError, LongforgeError
 from longforge.protocol import Message
+from longforge.server.encoding import encoded_conversation
 from longforge.server.patience import with_silences
 from longforge.server.responses.answering import Answering
 from longforge.server.responses.events import new_id
@@ -66,7 +67,7 @@ def _add_create(router: APIRouter, service: Service, store: ResponseStore, silen
             before = _conversation(previous)
         own = _own_items(body)
         messages, echoes = read_items(_ITEMS.validate_python([*before, *own]), seal)
-        answering = Answering(_open_turn(service, caller, body, messages), Reply(body), seal)
+        answering = Answering(await _open_turn(service, caller, body, messages), Reply(body), seal)
         stored = Stored(answering.reply, (*before, *own), len(own))
 
         def keep() -> None:
@@ -153,13 +154,19 @@ def _conversation(previous: Stored) -> tuple[dict[str, Any], ...]:
     return previous.conversation
 
 
-def _open_turn(service: Service, caller: Caller, body: ResponsesRequest, messages: list[Message]) -> Turn:
+async def _open_turn(
+    service: Service, caller: Caller, body: ResponsesRequest, messages: list[Message]
+) -> Turn:
     if body.instructions:
         messages = [Message("system", body.instructions), *messages]
+    context = service.loop.engine.context
+    prompt = await encoded_conversation(
+        service, messages, body.offered_tools, body.thinking_mode, context=context
+    )
     return Turn(
         service,
         caller,
-        messages,
+        prompt,
         body.params,
         tools=body.offered_tools,
         thinking=body.thinking_mode,
