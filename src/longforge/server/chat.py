@@ -11,9 +11,10 @@ from longforge.server.chat_request import ChatRequest
 from longforge.server.chat_stream import ChatStream, turn_usage
 from longforge.server.choices import all_of, close_all, open_all
 from longforge.server.encoding import encoded_conversation
+from longforge.server.event_stream import EventStream
 from longforge.server.json_reply import JsonReply
 from longforge.server.replies import ReplyHead, chat_body, chat_choice, finish_reason, reply_message
-from longforge.server.service import Caller, EventStream, Service, caller_of, model_check, unless_gone
+from longforge.server.service import Caller, Service, caller_of, model_check, unless_gone
 from longforge.server.token_report import chat_logprobs
 from longforge.server.turn import Turn
 from longforge.server.wire import to_messages
@@ -32,7 +33,8 @@ def chat_router(service: Service) -> APIRouter:
         turns = open_turns(service, caller_of(request), body, await _prompt(service, body))
         head = ReplyHead(service.model_name, "chatcmpl")
         if body.stream:
-            return EventStream(ChatStream(service, turns, body, head).events(), partial(close_all, turns))
+            events = ChatStream(service, turns, body, head).events()
+            return EventStream(events, partial(close_all, turns), service.patience)
         try:
             answers = await unless_gone(request, all_of([turn.whole_with_events() for turn in turns]))
         finally:

@@ -11,16 +11,10 @@ from longforge.server.choices import all_of, close_all, merged, open_all
 from longforge.server.completion import Completion
 from longforge.server.completion_request import CompletionRequest
 from longforge.server.encoding import encoded_texts
+from longforge.server.event_stream import EventStream
 from longforge.server.json_reply import JsonReply
 from longforge.server.replies import DONE, ReplyHead, sse, usage_body
-from longforge.server.service import (
-    EventStream,
-    Service,
-    caller_of,
-    failed,
-    model_check,
-    unless_gone,
-)
+from longforge.server.service import Service, caller_of, failed, model_check, unless_gone
 
 __all__ = ["completions_router"]
 
@@ -46,7 +40,7 @@ def completions_router(service: Service) -> APIRouter:
         )
         head = ReplyHead(service.model_name, "cmpl")
         if body.stream:
-            return EventStream(_events(answers, body, head), partial(close_all, answers))
+            return EventStream(_events(answers, body, head), partial(close_all, answers), service.patience)
         try:
             choices = await unless_gone(request, all_of([answer.whole() for answer in answers]))
         finally:

@@ -1,17 +1,17 @@
 """What every endpoint needs, and how errors become replies."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse
 
 from longforge.chat import Tokenizer
 from longforge.errors import ContextOverflow, EngineError, LongforgeError, Overloaded
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.event_stream import Patience
 from longforge.server.json_reply import JsonReply
 from longforge.server.observed import Observer, ignore
 from longforge.server.replies import error_body
@@ -19,7 +19,6 @@ from longforge.server.replies import error_body
 __all__ = [
     "Caller",
     "ClientGone",
-    "EventStream",
     "Service",
     "error_reply",
     "failed",
@@ -28,7 +27,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-EVENT_STREAM = "text/event-stream"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class Service:
     model_name: str
     observer: Observer = ignore
     """Is told of each answer that is over."""
+    patience: Patience = field(default_factory=Patience)
+    """With those who read a stream."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,6 @@ def caller_of(request: Request) -> Caller:
 
 class ClientGone(Exception):
     """The client hung up before its answer was ready; there is nobody to tell."""
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events.
-
-    `close` is called when the stream ends, whether it was read to its end or dropped.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(events, media_type=EVENT_STREAM, headers={"Cache-Control": "no-cache"})
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,7 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens; the same under /anthropic, as MiniMax serves them."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,20 +20,19 @@ from longforge.server.anthropic.events import (
 )
 from longforge.server.anthropic.wire import CountRequest, MessagesRequest
 from longforge.server.encoding import encoded_conversation
-from longforge.server.patience import with_silences
+from longforge.server.event_stream import WAITING, EventStream
 from longforge.server.seal import Seal, echo_headers
-from longforge.server.service import EventStream, Service, caller_of, unless_gone
+from longforge.server.service import Service, caller_of, unless_gone
 from longforge.server.turn import Turn, TurnPart
 from longforge.server.wire_bytes import json_bytes, named_sse
 
 __all__ = ["messages_router"]
 
 PING: Event = {"type": "ping"}
-WAITING = b": waiting\n\n"
 
 
-def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
-    """The endpoints. silence: seconds after which a stream that waits says that it is alive."""
+def messages_router(service: Service) -> APIRouter:
+    """The endpoints."""
     router = APIRouter(route_class=AnthropicRoute)
     seal = Seal(service.model_name)
 
@@ -64,7 +62,7 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
         )
         answer = _Answering(service.model_name, turn, body, seal)
         if body.stream:
-            stream = EventStream(_stream(answer, silence), turn.close)
+            stream = EventStream(_stream(answer), turn.close, service.patience, answer.sign)
             stream.headers.update(headers)
             return stream
         try:
@@ -100,6 +98,10 @@ class _Answering:
         disabled = body.thinking_mode == "disabled"
         self._blocks = BlockEvents(Writer(seal, hidden=body.hides_thinking, drops_empty=disabled))
 
+    def sign(self) -> bytes:
+        """A sign of life: a ping, which the dialect has only after message_start."""
+        return named_sse(PING) if self.started else WAITING
+
     def events(self, part: TurnPart) -> Iterator[Event]:
         """What one part adds."""
         turn = self.turn
@@ -122,15 +124,11 @@ async def _whole(answer: _Answering) -> dict[str, object]:
     return message_of_events(events)
 
 
-async def _stream(answer: _Answering, silence: float) -> AsyncIterator[bytes]:
+async def _stream(answer: _Answering) -> AsyncIterator[bytes]:
     try:
-        async with aclosing(with_silences(answer.turn.parts(), silence)) as parts:
-            async for part in parts:
-                if part is None:
-                    yield named_sse(PING) if answer.started else WAITING
-                    continue
-                for event in answer.events(part):
-                    yield named_sse(event)
+        async for part in answer.turn.parts():
+            for event in answer.events(part):
+                yield named_sse(event)
     except LongforgeError as error:
         yield named_sse(told(error)[1])
         return
