@@ -182,6 +182,7 @@ def _forbid(logits: Tensor, sequence: Sequence, guess: Seq[int]) -> None:
         mask = sequence.matcher.masks(guess)[-1]
     except InputError:  # its grammar became too much work: told when it samples
         return
+    # Where only what follows the guesses is too much work, this is an earlier mask; the guess is dropped then.
     allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
     logits.masked_fill_(to_device(~allowed, logits.device), -torch.inf)
 
