@@ -13,6 +13,9 @@ __all__ = ["EventStream", "Patience"]
 WAITING = b": waiting\n\n"
 """A comment, which every client skips."""
 
+BURST = 4
+"""Writes after which the event loop gets a turn: only then does it tell that the connection was lost."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,6 +99,7 @@ class _Writes:
         self._send = send
         self._now = asyncio.get_running_loop().time
         self._since = self._now()
+        self._count = 0
         self.pending = False
         """Whether a write waits for its reader."""
 
@@ -110,3 +114,6 @@ class _Writes:
             await self._send(message)
         finally:
             self.pending, self._since = False, self._now()
+        self._count += 1
+        if self._count % BURST == 0:
+            await asyncio.sleep(0)

@@ -127,8 +127,7 @@ async def _whole(answer: _Answering) -> dict[str, object]:
 async def _stream(answer: _Answering) -> AsyncIterator[bytes]:
     try:
         async for part in answer.turn.parts():
-            for event in answer.events(part):
-                yield named_sse(event)
+            yield b"".join(named_sse(event) for event in answer.events(part))  # one write
     except LongforgeError as error:
         yield named_sse(told(error)[1])
         return

@@ -206,15 +206,13 @@ def _cancel(task: asyncio.Task[None], turn: Turn) -> None:
 
 
 async def _stream(answering: Answering, keep: Callable[[], None]) -> AsyncIterator[bytes]:
-    for event in answering.begin():
-        yield named_sse(event)
+    yield b"".join(map(named_sse, answering.begin()))
     try:
         async for part in answering.turn.parts():
-            events = list(answering.take(part))
+            events = b"".join(map(named_sse, answering.take(part)))
             if part.reason is not None:
                 keep()
-            for event in events:
-                yield named_sse(event)
+            yield events  # one write
     except LongforgeError as error:
         event = answering.fail(error)
         keep()
