@@ -14,7 +14,7 @@ from longforge.server.encoding import encoded_conversation
 from longforge.server.event_stream import EventStream
 from longforge.server.json_reply import JsonReply
 from longforge.server.replies import ReplyHead, chat_body, chat_choice, finish_reason, reply_message
-from longforge.server.service import Caller, Service, caller_of, model_check, unless_gone
+from longforge.server.service import Caller, Service, allowed_priority, caller_of, model_check, unless_gone
 from longforge.server.token_report import chat_logprobs
 from longforge.server.turn import Turn
 from longforge.server.wire import to_messages
@@ -65,7 +65,7 @@ def open_turns(service: Service, caller: Caller, body: ChatRequest, prompt_ids: 
             constraint=body.constraint,
             stops=body.stops,
             eager=bool(body.stream),
-            priority=body.priority or 0,
+            priority=allowed_priority(caller, body.priority),
             report_blocks=bool(body.report_blocks),
             stop_ids=() if body.ignore_eos else None,
         )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from longforge.chat import Tokenizer
 from longforge.errors import ContextOverflow, EngineError, LongforgeError, Overloaded
@@ -20,6 +21,7 @@ __all__ = [
     "Caller",
     "ClientGone",
     "Service",
+    "allowed_priority",
     "error_reply",
     "failed",
     "model_check",
@@ -56,6 +58,18 @@ class Caller:
 def caller_of(request: Request) -> Caller:
     """Who sent a request, as the server's front door found out."""
     return getattr(request.state, "caller", Caller())
+
+
+def allowed_priority(caller: Caller, asked: int | None) -> int:
+    """The priority of a request; 0 without a word, lower is served earlier.
+
+    Errors: HTTPException 403 for one below 0, ahead of everybody else's, unless the caller is an operator.
+    """
+    if asked is not None and asked < 0 and not caller.admin:
+        raise HTTPException(
+            403, f"priority: below 0 it needs the key named 'admin'; expected 0 or more, got {asked}"
+        )
+    return asked or 0
 
 
 class ClientGone(Exception):
