@@ -93,7 +93,7 @@ def _add_errors(app: FastAPI, loop: EngineLoop) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message, field = describe_invalid(error.errors())
+        message, field = describe_invalid(error.errors(), error.body)
         return dialect_error(request.url.path, 400, message, param=field)
 
     @app.exception_handler(HTTPException)
