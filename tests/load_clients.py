@@ -183,7 +183,7 @@ def crowd(seed: int, count: int, tenants: tuple[str, ...]) -> list[Client]:
         else:
             asked = question(draws, path) | {"stream": draws.random() < 0.6}
             if path in (CHAT, COMPLETIONS):
-                asked["priority"] = draws.randrange(-3, 4)
+                asked["priority"] = max(0, draws.randrange(-3, 4))
             if manner == "slow":
                 path, asked = COMPLETIONS, {"model": "small", "prompt": [1, number % 280], "temperature": 0}
                 asked |= {"max_tokens": 60, "ignore_eos": True, "logprobs": 20, "stream": True}

@@ -13,6 +13,7 @@ from longforge.engine.grammar import Grammars
 from longforge.model import CausalLM
 from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.event_stream import Patience
 from longforge.server.front_door import Door
 from longforge.server.keys import ApiKeys
 from longforge.server.running import BackgroundServer
@@ -41,6 +42,7 @@ def serving(
     tenants: tuple[str, ...] = (),
     limits: dict[str, int] | None = None,
     engine_class: type[Engine] = Engine,
+    patience: Patience = Patience(),
     **sizes: Any,
 ) -> Iterator[tuple[EngineLoop, str]]:
     """A running server: its loop and base URL. tenants: who has a key; without any none is asked for."""
@@ -49,7 +51,7 @@ def serving(
     engine = engine_class(model, **{"pages": 300, "max_running": 4, "grammars": grammars, **sizes})
     loop = EngineLoop(engine, threads=1, **(limits or {}))
     door = Door(ApiKeys.of({name: f"key-of-{name}-1234" for name in tenants}))
-    app = create_app(loop, small_tokenizer(), "small", door=door)
+    app = create_app(loop, small_tokenizer(), "small", door=door, patience=patience)
     with BackgroundServer(app, on_stop=loop.stop) as server:
         yield loop, server.url
     engine.close()

@@ -107,6 +107,20 @@ def test_masks_along_drafts_are_those_of_a_matcher_that_goes_there(
         place += 1
 
 
+def test_too_much_work_behind_a_draft_drops_the_draft_alone() -> None:
+    matcher = start("lark", 'start: "x" DEEP | "y"\nDEEP: /.*a.{18}c/ & /.*b.{20}d/')
+    x, y = TOKENIZER.encode("x")[0], TOKENIZER.encode("y")[0]
+    with pytest.raises(InputError):
+        after(matcher.copy(), "x")
+    before = matcher.masks()[0]
+    for drafts in ([x], [x, y], [x]):
+        (mask,) = matcher.masks(drafts)
+        assert (mask == before).all() and allowed(mask) == sorted((x, y))
+    assert len(matcher.masks([y])) == 2
+    matcher.accept(y)
+    assert allowed(matcher.masks()[0]) == [TOKENIZER.eos_id]
+
+
 def test_a_token_that_is_not_allowed_is_an_error() -> None:
     with pytest.raises(InputError, match=r"grammar: after token"):
         start("regex", "ab").accept(TOKENIZER.encode("b")[0])

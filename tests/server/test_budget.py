@@ -47,7 +47,8 @@ def run(model: CausalLM, budget: int | None, *, draining: bool = False, **option
         loop = EngineLoop(Engine(model, pages=100, max_running=2, grammars=grammars), threads=1)
         loop.start()
         service = Service(loop, small_tokenizer(), "small")
-        asked = Turn(service, Caller(), TALK, thinking="enabled", thinking_budget=budget, **options)
+        prompt = encode_prompt(small_tokenizer(), TALK, thinking="enabled")
+        asked = Turn(service, Caller(), prompt, thinking="enabled", thinking_budget=budget, **options)
         if draining:
             loop.drain()
         try:

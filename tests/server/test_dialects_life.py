@@ -9,17 +9,14 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from fastapi import FastAPI
 
 from longforge.engine import Engine, GenerationRequest
-from longforge.server.anthropic.routes import messages_router
 from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.event_stream import Patience
 from longforge.server.front_door import Door
 from longforge.server.keys import ApiKeys
-from longforge.server.responses.routes import responses_router
 from longforge.server.running import BackgroundServer
-from longforge.server.service import Service
 from small_model import small_model, small_tokenizer
 from small_server import HTTP, Served
 
@@ -126,13 +123,9 @@ def test_a_bug_is_told_in_the_dialects_form_and_in_nobodys_words():
 @pytest.mark.parametrize("path", PATHS)
 def test_a_stream_that_waits_says_that_it_is_alive(path: str):
     loop = engine_loop()
-    service = Service(loop, small_tokenizer(), "small")
-    app = FastAPI(on_startup=[loop.start])
-    app.include_router(messages_router(service, silence=0.02))
-    app.include_router(responses_router(service, silence=0.02))
-    with BackgroundServer(app, on_stop=loop.stop) as server:
+    with running(loop, patience=Patience(silence=0.02)) as url:
         loop.pause()
-        with HTTP.stream("POST", f"{server.url}{path}", json={**PATHS[path], "stream": True}) as reply:
+        with HTTP.stream("POST", f"{url}{path}", json={**PATHS[path], "stream": True}) as reply:
             lines = reply.iter_lines()
             assert any(line == ": waiting" for line in lines if not line.startswith(("event", "data")))
             loop.resume()

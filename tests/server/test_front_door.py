@@ -134,6 +134,20 @@ def test_only_the_admin_key_pauses_and_resumes(guarded: Guarded):
         assert HTTP.get(f"{guarded.url}/is_paused", headers=admin).json() == {"is_paused": paused}
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_only_the_admin_key_is_served_before_others(guarded: Guarded, path: str):
+    asked: Any = {"model": "small", "max_tokens": 1}
+    asked |= {"prompt": [1]} if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+
+    def status(key: str, priority: int | None) -> int:
+        body = asked | {"priority": priority, "n": 2}
+        return HTTP.post(f"{guarded.url}/v1/{path}", json=body, headers=bearer(key)).status_code
+
+    assert [status("key-of-ann-1", priority) for priority in (None, 0, 7, -1)] == [200, 200, 200, 403]
+    assert status("root-key-9", -1) == 200
+    assert guarded.loop.open_requests == 0
+
+
 def test_a_body_too_large_is_a_413_with_and_without_a_length(guarded: Guarded):
     large = json.dumps({**BODY, "user": "a" * 5000}).encode()
 

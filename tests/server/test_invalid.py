@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from longforge.server.anthropic.wire import MessagesRequest
 from longforge.server.chat_request import ChatRequest
 from longforge.server.invalid import describe_invalid
 
@@ -32,6 +33,28 @@ def test_of_a_union_the_member_that_was_meant_is_told():
     message, field = refused(messages=[{"role": "user", "content": [part]}])
     assert message.startswith("messages[0].content[0].cache_control: this server does not support")
     assert field == "messages"
+
+
+def test_no_tag_of_a_union_is_told_as_a_key():
+    def told(body: dict[str, Any]) -> str:
+        asked = {"model": "m", "max_tokens": 5, **body}
+        with pytest.raises(ValidationError) as caught:
+            MessagesRequest.model_validate(asked)
+        return describe_invalid(caught.value.errors(), asked)[0]
+
+    def of_user(*blocks: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+    assert told(of_user({"type": "text"})) == (
+        "messages[0].content[0].text: expected a value, the field is missing"
+    )
+    assert told(of_user({"type": "text", "text": "a"}, {"type": "text", "text": 5})).startswith(
+        "messages[0].content[1].text: "
+    )
+    assert told(of_user({"type": "text", "text": "a", "user": 1})).startswith(
+        "messages[0].content[0].user: this server does not support"
+    )
+    assert told({"messages": [{"role": "wizard", "content": "a"}]}).startswith("messages[0]: ")
 
 
 def test_a_wrong_value_too_deep_to_write_down_is_still_one_line():

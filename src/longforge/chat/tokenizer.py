@@ -14,9 +14,13 @@ from longforge.chat.tokens import EOS, SPECIAL_TOKENS
 from longforge.errors import CheckpointError, ContextOverflow, InputError
 from longforge.observe import write_text_atomic
 
-__all__ = ["StreamDecoder", "Tokenizer", "train_tokenizer"]
+__all__ = ["LONG_TEXT", "StreamDecoder", "Tokenizer", "train_tokenizer"]
 
 FILE_NAME = "tokenizer.json"
+
+LONG_TEXT = 4096
+"""Characters from which on a text is encoded without the interpreter's lock; below, it takes a millisecond or
+two."""
 
 # One alternative per kind of piece. A name is cut at its own seams only, and nothing outside it is ever glued
 # to it, so `Foo` is the same ids at a line's start, after a space, after "(" and after ".". Angle brackets
@@ -84,7 +88,10 @@ class Tokenizer:
         """Token ids of `text`. With `special=False` a special token's name in it is encoded as plain text."""
         backend = self._with_specials if special else self._plain
         try:
-            return backend.encode(text, add_special_tokens=False).ids
+            if len(text) < LONG_TEXT:
+                return backend.encode(text, add_special_tokens=False).ids
+            # Unlike `encode` it lets other threads run meanwhile; and it leaves the offsets out.
+            return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"text: expected valid unicode, got {_surrogate_or_type(text)}") from error
 

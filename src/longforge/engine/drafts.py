@@ -201,6 +201,7 @@ def _forbid(logits: Tensor, sequence: Sequence, guess: Seq[int]) -> None:
         mask = sequence.matcher.masks(guess)[-1]
     except InputError:  # its grammar became too much work: told when it samples
         return
+    # An earlier mask where what follows the guesses is too much work: then this guess will be dropped.
     allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
     logits.masked_fill_(to_device(~allowed, logits.device), -torch.inf)
 

@@ -109,22 +109,23 @@ class Matcher:
         self._stop_ids = stop_ids
 
     def masks(self, drafts: Sequence[int] = ()) -> list[np.ndarray]:
-        """Allowed tokens of the next place, then after each draft as long as the drafts are allowed.
+        """Allowed tokens of the next place, then after each draft as long as the drafts are allowed and what
+        follows them is not too much work.
 
         Bit t % 32 of word t // 32 stands for token t: uint32 [ceil(V / 32)] each, 1 to len(drafts) + 1 of
         them. A stop token is allowed when the answer is complete; nothing comes after it. The matcher stays
-        where it is. Errors: InputError when the grammar is too much work; the matcher is of no use then.
+        where it is. Errors: InputError when the next place is too much work; the matcher is of no use then.
         """
         masks = [self._mask()]
-        taken = 0
+        ahead = self.copy() if drafts else self  # of the two, too much work spoils only the copy
         for draft in drafts:
             if draft in self._stop_ids or not _has(masks[-1], draft):
                 break
-            self._matcher.consume_token(draft)
-            taken += 1
-            masks.append(self._mask())
-        if taken:
-            self._matcher.rollback(taken)
+            try:
+                ahead.accept(draft)
+                masks.append(ahead._mask())
+            except InputError:
+                break
         return masks
 
     def accept(self, token: int) -> None:

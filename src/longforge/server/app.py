@@ -18,6 +18,7 @@ from longforge.server.chat import chat_router
 from longforge.server.completions import completions_router
 from longforge.server.dialects import dialect_error, dialect_failure
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.event_stream import Patience
 from longforge.server.front_door import Door, FrontDoor
 from longforge.server.information import information_router
 from longforge.server.invalid import describe_invalid
@@ -51,11 +52,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "desc
 
 
 def create_app(
-    engine_loop: EngineLoop, tokenizer: Tokenizer, model_name: str, *, door: Door = Door()
+    engine_loop: EngineLoop,
+    tokenizer: Tokenizer,
+    model_name: str,
+    *,
+    door: Door = Door(),
+    patience: Patience = Patience(),
 ) -> FastAPI:
     """The app of one model. It starts the loop when it starts and stops it when it ends.
 
-    door: who may come in; by default everyone.
+    door: who may come in; by default everyone. patience: with those who read a stream.
     """
 
     @asynccontextmanager
@@ -65,7 +71,7 @@ def create_app(
         engine_loop.stop()
 
     metrics = Metrics(engine_loop, model_name)
-    service = Service(engine_loop, tokenizer, model_name, metrics.observe)
+    service = Service(engine_loop, tokenizer, model_name, metrics.observe, patience)
     app = FastAPI(title="Longforge", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(chat_router(service), responses=ERRORS)
     app.include_router(completions_router(service), responses=ERRORS)
@@ -87,7 +93,7 @@ def _add_errors(app: FastAPI, loop: EngineLoop) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message, field = describe_invalid(error.errors())
+        message, field = describe_invalid(error.errors(), error.body)
         return dialect_error(request.url.path, 400, message, param=field)
 
     @app.exception_handler(HTTPException)

@@ -10,9 +10,11 @@ from longforge.protocol import Message, StopReason
 from longforge.server.chat_request import ChatRequest
 from longforge.server.chat_stream import ChatStream, turn_usage
 from longforge.server.choices import all_of, close_all, open_all
+from longforge.server.encoding import encoded_conversation
+from longforge.server.event_stream import EventStream
 from longforge.server.json_reply import JsonReply
 from longforge.server.replies import ReplyHead, chat_body, chat_choice, finish_reason, reply_message
-from longforge.server.service import Caller, EventStream, Service, caller_of, model_check, unless_gone
+from longforge.server.service import Caller, Service, allowed_priority, caller_of, model_check, unless_gone
 from longforge.server.token_report import chat_logprobs
 from longforge.server.turn import Turn
 from longforge.server.wire import to_messages
@@ -28,10 +30,11 @@ def chat_router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         if wrong := model_check(service, body.model):
             return wrong
-        turns = open_turns(service, caller_of(request), body)
+        turns = open_turns(service, caller_of(request), body, await _prompt(service, body))
         head = ReplyHead(service.model_name, "chatcmpl")
         if body.stream:
-            return EventStream(ChatStream(service, turns, body, head).events(), partial(close_all, turns))
+            events = ChatStream(service, turns, body, head).events()
+            return EventStream(events, partial(close_all, turns), service.patience)
         try:
             answers = await unless_gone(request, all_of([turn.whole_with_events() for turn in turns]))
         finally:
@@ -41,29 +44,31 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-def open_turns(service: Service, caller: Caller, body: ChatRequest) -> list[Turn]:
-    """The choices of a request, each with a seed of its own. The conversation is encoded once."""
-    messages = to_messages(body.messages)
-    prompt: list[int] = []
+async def _prompt(service: Service, body: ChatRequest) -> list[int]:
+    messages, context = to_messages(body.messages), service.loop.engine.context
+    return await encoded_conversation(
+        service, messages, body.offered_tools, body.thinking_mode, context=context
+    )
+
+
+def open_turns(service: Service, caller: Caller, body: ChatRequest, prompt_ids: list[int]) -> list[Turn]:
+    """The choices of a request, each with a seed of its own."""
 
     def opener(choice: int) -> Turn:
-        turn = Turn(
+        return Turn(
             service,
             caller,
-            messages,
+            prompt_ids,
             body.params((), choice, top_logprobs=body.alternatives),
             tools=body.offered_tools,
             thinking=body.thinking_mode,
             constraint=body.constraint,
             stops=body.stops,
             eager=bool(body.stream),
-            priority=body.priority or 0,
+            priority=allowed_priority(caller, body.priority),
             report_blocks=bool(body.report_blocks),
-            prompt_ids=prompt or None,
             stop_ids=() if body.ignore_eos else None,
         )
-        prompt[:] = turn.prompt_ids
-        return turn
 
     return open_all([partial(opener, choice) for choice in range(body.choices)])
 

@@ -8,7 +8,16 @@ from longforge.chat.constraint import Constraint
 from longforge.chat.tokens import ThinkingMode
 from longforge.protocol import ToolSpec
 from longforge.server.sampling_fields import MAX_TOP_LOGPROBS, Sampling
-from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, ChatMessage, Tool, check_schema, to_tools
+from longforge.server.wire import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Body,
+    ChatMessage,
+    Tool,
+    check_names,
+    check_schema,
+    to_tools,
+)
 
 __all__ = ["DEFAULT_CHAT_TOKENS", "ChatRequest", "TemplateArguments"]
 
@@ -181,9 +190,7 @@ class ChatRequest(Sampling):
 
     def _check_tools(self) -> None:
         offered = [tool.function.name for tool in self.tools or ()]
-        if len(set(offered)) < len(offered):
-            twice = next(name for name in offered if offered.count(name) > 1)
-            raise ValueError(f"tools: expected different names, got {twice!r} twice")
+        check_names(offered)
         if self.tool_choice == "required" and not offered:
             raise ValueError("tool_choice: 'required' needs tools")
         if self.named_tool is not None and self.named_tool not in offered:

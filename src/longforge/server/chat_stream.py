@@ -51,8 +51,8 @@ class ChatStream:
             yield self._opening(place)
         try:
             async for place, part in merged([turn.parts() for turn in self._turns]):
-                for event in self._of_part(place, part):
-                    yield event
+                if chunks := self._of_part(place, part):
+                    yield b"".join(chunks)  # one write
         except LongforgeError as error:
             yield sse(failed(error)[1])
             return

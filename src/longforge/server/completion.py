@@ -8,7 +8,7 @@ from longforge.engine import TokenEvent
 from longforge.server.answer import Answer, Part
 from longforge.server.completion_request import CompletionRequest
 from longforge.server.replies import finish_reason
-from longforge.server.service import Caller, Service
+from longforge.server.service import Caller, Service, allowed_priority
 from longforge.server.token_report import Offsets, completion_logprobs
 
 __all__ = ["Completion"]
@@ -53,7 +53,7 @@ class Completion:
             stops=() if self._prompt_only else body.stops,
             eager=bool(body.stream),
             tenant=caller.tenant,
-            priority=body.priority or 0,
+            priority=allowed_priority(caller, body.priority),
             observer=service.observer,
         )
 

@@ -10,16 +10,11 @@ from longforge.errors import LongforgeError
 from longforge.server.choices import all_of, close_all, merged, open_all
 from longforge.server.completion import Completion
 from longforge.server.completion_request import CompletionRequest
+from longforge.server.encoding import encoded_texts
+from longforge.server.event_stream import EventStream
 from longforge.server.json_reply import JsonReply
 from longforge.server.replies import DONE, ReplyHead, sse, usage_body
-from longforge.server.service import (
-    EventStream,
-    Service,
-    caller_of,
-    failed,
-    model_check,
-    unless_gone,
-)
+from longforge.server.service import Service, caller_of, failed, model_check, unless_gone
 
 __all__ = ["completions_router"]
 
@@ -35,12 +30,7 @@ def completions_router(service: Service) -> APIRouter:
         if wrong := model_check(service, body.model):
             return wrong
         caller = caller_of(request)
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                service.tokenizer.check_fits([prompt], service.loop.engine.context)
-        prompts = [
-            service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
-        ]
+        prompts = await _prompt_ids(service, body)
         answers = open_all(
             [
                 partial(Completion, service, caller, body, prompt, place * body.choices + choice, choice)
@@ -50,7 +40,7 @@ def completions_router(service: Service) -> APIRouter:
         )
         head = ReplyHead(service.model_name, "cmpl")
         if body.stream:
-            return EventStream(_events(answers, body, head), partial(close_all, answers))
+            return EventStream(_events(answers, body, head), partial(close_all, answers), service.patience)
         try:
             choices = await unless_gone(request, all_of([answer.whole() for answer in answers]))
         finally:
@@ -58,6 +48,13 @@ def completions_router(service: Service) -> APIRouter:
         return JsonReply(head.body(KIND, choices=choices, usage=_usage(answers, body)))
 
     return router
+
+
+async def _prompt_ids(service: Service, body: CompletionRequest) -> list[list[int]]:
+    """The ids of each prompt: its own, or those of its text."""
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    encoded = iter(await encoded_texts(service.tokenizer, texts, service.loop.engine.context))
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
 
 
 async def _events(

@@ -23,6 +23,9 @@ MAX_HEADER_BYTES = 65_536
 GRACE_SECONDS = 5
 """Time that open connections get to end after the answers they carry were ended."""
 
+UNTAKEN_SECONDS = 120
+"""How long a connection may hold bytes that its other end takes none of; then the kernel ends it."""
+
 SWITCH_SECONDS = 0.0005
 """How long Python lets one thread keep the interpreter while another waits. At the default, 5 ms, the HTTP
 thread could delay every operation of the engine's step by as much."""
@@ -46,6 +49,8 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; the connections take it over
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_SECONDS)
     try:
         listener.bind((host, port))
         listener.listen(128)

@@ -64,7 +64,7 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
-    """Lower is served earlier."""
+    """Lower is served earlier; below 0 it takes an operator's key."""
     user: Label | None = None
     metadata: dict[Label, Label] | None = Field(default=None, max_length=MAX_LABELS)
     safety_identifier: Label | None = None

@@ -1,17 +1,18 @@
 """What every endpoint needs, and how errors become replies."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from longforge.chat import Tokenizer
 from longforge.errors import ContextOverflow, EngineError, LongforgeError, Overloaded
 from longforge.server.engine_loop import EngineLoop
+from longforge.server.event_stream import Patience
 from longforge.server.json_reply import JsonReply
 from longforge.server.observed import Observer, ignore
 from longforge.server.replies import error_body
@@ -19,8 +20,8 @@ from longforge.server.replies import error_body
 __all__ = [
     "Caller",
     "ClientGone",
-    "EventStream",
     "Service",
+    "allowed_priority",
     "error_reply",
     "failed",
     "model_check",
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-EVENT_STREAM = "text/event-stream"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Service:
     model_name: str
     observer: Observer = ignore
     """Is told of each answer that is over."""
+    patience: Patience = field(default_factory=Patience)
+    """With those who read a stream."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,20 @@ def caller_of(request: Request) -> Caller:
     return getattr(request.state, "caller", Caller())
 
 
+def allowed_priority(caller: Caller, asked: int | None) -> int:
+    """The priority of a request; 0 without a word, lower is served earlier.
+
+    Errors: HTTPException 403 for one below 0, ahead of everybody else's, unless the caller is an operator.
+    """
+    if asked is not None and asked < 0 and not caller.admin:
+        raise HTTPException(
+            403, f"priority: below 0 it needs the key named 'admin'; expected 0 or more, got {asked}"
+        )
+    return asked or 0
+
+
 class ClientGone(Exception):
     """The client hung up before its answer was ready; there is nobody to tell."""
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events.
-
-    `close` is called when the stream ends, whether it was read to its end or dropped.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(events, media_type=EVENT_STREAM, headers={"Cache-Control": "no-cache"})
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

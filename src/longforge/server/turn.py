@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from longforge.chat import Family, ThinkingMode, encode_prompt, starts_in_thinking
+from longforge.chat import Family, ThinkingMode, starts_in_thinking
 from longforge.chat.constraint import Constraint, answer_grammar
 from longforge.chat.format import call_text
 from longforge.chat.parser import ChatParser, Delta, message_of
@@ -31,9 +31,9 @@ class TurnPart:
 class Turn:
     """One answer to a conversation. It is refused in the constructor or not at all; `close` it when done.
 
-    params: the model's stop tokens (stop_ids, if given, in their place) are added here. eager: parts come
-    token by token, else all at the end. prompt_ids: the conversation as ids, where it was encoded before.
-    thinking_budget: most tokens of thinking where the prompt opens it; then it is closed for the model.
+    prompt_ids: the conversation as `tools` and `thinking` have it rendered. params: the model's stop tokens
+    (stop_ids, if given, in their place) are added here. eager: parts come token by token, else all at the
+    end. thinking_budget: most tokens of thinking where the prompt opens it; then it is closed for the model.
     Each call has an id from its call_start on; calls are text where no tools were offered. Errors:
     InputError, ContextOverflow, EngineError.
     """
@@ -42,7 +42,7 @@ class Turn:
         self,
         service: Service,
         caller: Caller,
-        messages: Sequence[Message],
+        prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
         tools: Sequence[ToolSpec] = (),
@@ -52,17 +52,10 @@ class Turn:
         eager: bool,
         priority: int = 0,
         report_blocks: bool = False,
-        prompt_ids: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
         thinking_budget: int | None = None,
     ) -> None:
         tokenizer, family = service.tokenizer, service.loop.engine.config.family
-        prompt = prompt_ids
-        if prompt is None:
-            context = service.loop.engine.context
-            prompt = encode_prompt(
-                tokenizer, messages, tools, family=family, thinking=thinking, context=context
-            )
         thinking_open = starts_in_thinking(family, thinking)
         budgeted = thinking_budget is not None and thinking_open
         params = replace(
@@ -95,11 +88,11 @@ class Turn:
             observer=service.observer,
         )
         self._answer = (
-            open_answer(prompt, params)
+            open_answer(prompt_ids, params)
             if thinking_budget is None or not thinking_open
             else BudgetedAnswer(
                 open_answer,
-                prompt,
+                prompt_ids,
                 params,
                 budget=thinking_budget,
                 family=family,

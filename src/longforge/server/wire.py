@@ -7,6 +7,7 @@ forge gateway uses them too, so nothing here knows the engine.
 
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +26,7 @@ __all__ = [
     "NotStrict",
     "Tool",
     "WeightsRequest",
+    "check_names",
     "check_schema",
     "message_body",
     "to_messages",
@@ -161,6 +163,15 @@ class WeightsRequest(Body):
 
     path: str = Field(min_length=1)
     version: int = Field(ge=0)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """ValueError for two tools of one name: a call would not say which of them it calls."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"tools: expected different names, got {name!r} twice")
+        seen.add(name)
 
 
 def check_schema(schema: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """Blocks of an answer from deltas that a model may not give in such an order, and errors in the middle."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from longforge.server.anthropic.events import (
     start,
     stop_reason,
 )
-from longforge.server.patience import with_silences
 from longforge.server.seal import Seal
 from longforge.server.wire_bytes import named_sse
 
@@ -118,17 +115,3 @@ def test_half_a_surrogate_pair_in_arguments_stays_valid_json():
     event = {"type": "x", "text": "\ud800é"}
     data = named_sse(event).decode().split("data: ")[1]
     assert json.loads(data) == event
-
-
-def test_a_silent_source_is_heard_of_and_ends_as_it_should():
-    async def source() -> AsyncIterator[int]:
-        yield 1
-        await asyncio.sleep(0.05)
-        yield 2
-
-    async def collect() -> list[Any]:
-        return [item async for item in with_silences(source(), 0.01)]
-
-    items = asyncio.run(collect())
-    assert [item for item in items if item is not None] == [1, 2]
-    assert None in items[1:-1]

@@ -178,6 +178,10 @@ LONG = {"role": "user", "content": "word " * 900}
         ({"thinking": {"type": "enabled"}}, "budget_tokens belongs to type 'enabled'"),
         ({"tool_choice": {"type": "tool"}}, "a name belongs to type 'tool'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, r"tools\[0\]: type: .*'custom'"),
+        (
+            {"tools": [{"name": "grep", "input_schema": {}}] * 2},
+            "tools: expected different names, got 'grep' twice",
+        ),
         ({"service_tier": "priority"}, "service_tier: .*'auto'"),
         ({"stop_sequences": [""]}, r"stop_sequences\[0\].*at least 1"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),

@@ -121,6 +121,10 @@ def test_text_streams_in_the_order_of_the_dialect(taught: Served):
         ({"truncation": "auto"}, "truncation: .*'disabled'"),
         ({"include": ["message.output_text.logprobs"]}, r"include\[0\]: .*encrypted_content"),
         ({"tools": [{"type": "web_search"}]}, "got 'web_search'; this server has no tools"),
+        (
+            {"tools": [{"type": "function", "name": "ls"}] * 2},
+            "^tools: expected different names, got 'ls' twice",
+        ),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary: .*'auto'"),
         ({"text": {"format": {"type": "json_schema"}}}, "a schema belongs to type 'json_schema'"),
         ({"tool_choice": {"type": "function", "name": "ls"}}, "'ls': no such tool"),

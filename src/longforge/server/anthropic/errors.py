@@ -49,7 +49,7 @@ class AnthropicRoute(APIRoute):
             except LongforgeError as error:
                 status, body = told(error)
             except RequestValidationError as error:
-                status, body = 400, error_body(describe_invalid(error.errors())[0], KINDS[400])
+                status, body = 400, error_body(describe_invalid(error.errors(), error.body)[0], KINDS[400])
             except HTTPException as error:
                 status = error.status_code
                 body = error_body(str(error.detail), KINDS.get(status, KINDS[400]))

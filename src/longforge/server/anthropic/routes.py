@@ -1,13 +1,10 @@
 """POST /v1/messages and /v1/messages/count_tokens; the same under /anthropic, as MiniMax serves them."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from longforge.chat import encode_prompt
 from longforge.errors import LongforgeError
 from longforge.server.anthropic.conversation import read_conversation
 from longforge.server.anthropic.errors import AnthropicRoute, told
@@ -22,20 +19,20 @@ from longforge.server.anthropic.events import (
     stop_reason,
 )
 from longforge.server.anthropic.wire import CountRequest, MessagesRequest
-from longforge.server.patience import with_silences
+from longforge.server.encoding import encoded_conversation
+from longforge.server.event_stream import WAITING, EventStream
 from longforge.server.seal import Seal, echo_headers
-from longforge.server.service import EventStream, Service, caller_of, unless_gone
+from longforge.server.service import Service, caller_of, unless_gone
 from longforge.server.turn import Turn, TurnPart
 from longforge.server.wire_bytes import json_bytes, named_sse
 
 __all__ = ["messages_router"]
 
 PING: Event = {"type": "ping"}
-WAITING = b": waiting\n\n"
 
 
-def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
-    """The endpoints. silence: seconds after which a stream that waits says that it is alive."""
+def messages_router(service: Service) -> APIRouter:
+    """The endpoints."""
     router = APIRouter(route_class=AnthropicRoute)
     seal = Seal(service.model_name)
 
@@ -44,10 +41,17 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
             return wrong
         conversation = read_conversation(body, seal)
         headers = echo_headers(conversation.echoes)
+        prompt = await encoded_conversation(
+            service,
+            conversation.messages,
+            body.offered_tools,
+            body.thinking_mode,
+            context=service.loop.engine.context,
+        )
         turn = Turn(
             service,
             caller_of(request),
-            conversation.messages,
+            prompt,
             body.params,
             tools=body.offered_tools,
             thinking=body.thinking_mode,
@@ -58,7 +62,7 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
         )
         answer = _Answering(service.model_name, turn, body, seal)
         if body.stream:
-            stream = EventStream(_stream(answer, silence), turn.close)
+            stream = EventStream(_stream(answer), turn.close, service.patience, answer.sign)
             stream.headers.update(headers)
             return stream
         try:
@@ -70,13 +74,9 @@ def messages_router(service: Service, *, silence: float = 10.0) -> APIRouter:
     async def count_tokens(body: CountRequest, request: Request) -> Response:
         if wrong := _wrong_model(service, body):
             return wrong
-        prompt = await asyncio.to_thread(  # as long as it likes, and it takes its time
-            encode_prompt,
-            service.tokenizer,
-            read_conversation(body, seal).messages,
-            body.offered_tools,
-            family=service.loop.engine.config.family,
-            thinking=body.thinking_mode,
+        messages = read_conversation(body, seal).messages
+        prompt = await encoded_conversation(  # as long as it likes
+            service, messages, body.offered_tools, body.thinking_mode, context=None
         )
         return JSONResponse({"input_tokens": len(prompt)})
 
@@ -97,6 +97,10 @@ class _Answering:
         self._limit = body.max_tokens
         disabled = body.thinking_mode == "disabled"
         self._blocks = BlockEvents(Writer(seal, hidden=body.hides_thinking, drops_empty=disabled))
+
+    def sign(self) -> bytes:
+        """A sign of life: a ping, which the dialect has only after message_start."""
+        return named_sse(PING) if self.started else WAITING
 
     def events(self, part: TurnPart) -> Iterator[Event]:
         """What one part adds."""
@@ -120,15 +124,10 @@ async def _whole(answer: _Answering) -> dict[str, object]:
     return message_of_events(events)
 
 
-async def _stream(answer: _Answering, silence: float) -> AsyncIterator[bytes]:
+async def _stream(answer: _Answering) -> AsyncIterator[bytes]:
     try:
-        async with aclosing(with_silences(answer.turn.parts(), silence)) as parts:
-            async for part in parts:
-                if part is None:
-                    yield named_sse(PING) if answer.started else WAITING
-                    continue
-                for event in answer.events(part):
-                    yield named_sse(event)
+        async for part in answer.turn.parts():
+            yield b"".join(named_sse(event) for event in answer.events(part))  # one write
     except LongforgeError as error:
         yield named_sse(told(error)[1])
         return

@@ -17,7 +17,7 @@ from longforge.chat.constraint import Constraint
 from longforge.protocol import SamplingParams, ToolSpec
 from longforge.server.anthropic.blocks import AssistantBlock, CacheControl, TextBlock, UserBlock
 from longforge.server.sampling_fields import MAX_STOP_CHARACTERS, MAX_STOPS
-from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_schema
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_names, check_schema
 
 __all__ = ["CountRequest", "MessagesRequest", "WireMessage"]
 
@@ -171,6 +171,11 @@ class CountRequest(Body):
     context_management: ContextManagement | None = None
     mcp_servers: list[None] | None = Field(default=None, max_length=0)
     speed: Literal["standard"] | None = None
+
+    @model_validator(mode="after")
+    def _different_tools(self) -> "CountRequest":
+        check_names([tool.name for tool in self.tools or ()])
+        return self
 
     @property
     def thinking_mode(self) -> ThinkingMode:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,8 @@ from pydantic import TypeAdapter
 
 from longforge.errors import EngineError, InputError, LongforgeError
 from longforge.protocol import Message
-from longforge.server.patience import with_silences
+from longforge.server.encoding import encoded_conversation
+from longforge.server.event_stream import EventStream
 from longforge.server.responses.answering import Answering
 from longforge.server.responses.events import new_id
 from longforge.server.responses.items import Item, MessageItem, read_items
@@ -21,7 +21,6 @@ from longforge.server.responses.wire import ResponsesRequest
 from longforge.server.seal import Seal, echo_headers
 from longforge.server.service import (
     Caller,
-    EventStream,
     Service,
     caller_of,
     error_reply,
@@ -33,23 +32,19 @@ from longforge.server.wire_bytes import json_bytes, named_sse
 
 __all__ = ["responses_router"]
 
-WAITING = b": waiting\n\n"
 _ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[Item])
 
 
-def responses_router(
-    service: Service, *, store: ResponseStore | None = None, silence: float = 10.0
-) -> APIRouter:
-    """The endpoints. store: where responses are kept. silence: seconds after which a stream that waits says
-    that it is alive."""
+def responses_router(service: Service, *, store: ResponseStore | None = None) -> APIRouter:
+    """The endpoints. store: where responses are kept."""
     router = APIRouter()
     kept = ResponseStore() if store is None else store
-    _add_create(router, service, kept, silence)
+    _add_create(router, service, kept)
     _add_stored(router, kept)
     return router
 
 
-def _add_create(router: APIRouter, service: Service, store: ResponseStore, silence: float) -> None:
+def _add_create(router: APIRouter, service: Service, store: ResponseStore) -> None:
     seal = Seal(service.model_name)
     running: set[asyncio.Task[None]] = set()  # asyncio itself holds tasks only weakly
 
@@ -66,7 +61,7 @@ def _add_create(router: APIRouter, service: Service, store: ResponseStore, silen
             before = _conversation(previous)
         own = _own_items(body)
         messages, echoes = read_items(_ITEMS.validate_python([*before, *own]), seal)
-        answering = Answering(_open_turn(service, caller, body, messages), Reply(body), seal)
+        answering = Answering(await _open_turn(service, caller, body, messages), Reply(body), seal)
         stored = Stored(answering.reply, (*before, *own), len(own))
 
         def keep() -> None:
@@ -81,7 +76,7 @@ def _add_create(router: APIRouter, service: Service, store: ResponseStore, silen
             stored.cancel = partial(_cancel, task, answering.turn)
             keep()
         elif body.stream:
-            stream = EventStream(_stream(answering, keep, silence), answering.turn.close)
+            stream = EventStream(_stream(answering, keep), answering.turn.close, service.patience)
             stream.headers.update(headers)
             return stream
         else:
@@ -153,13 +148,19 @@ def _conversation(previous: Stored) -> tuple[dict[str, Any], ...]:
     return previous.conversation
 
 
-def _open_turn(service: Service, caller: Caller, body: ResponsesRequest, messages: list[Message]) -> Turn:
+async def _open_turn(
+    service: Service, caller: Caller, body: ResponsesRequest, messages: list[Message]
+) -> Turn:
     if body.instructions:
         messages = [Message("system", body.instructions), *messages]
+    context = service.loop.engine.context
+    prompt = await encoded_conversation(
+        service, messages, body.offered_tools, body.thinking_mode, context=context
+    )
     return Turn(
         service,
         caller,
-        messages,
+        prompt,
         body.params,
         tools=body.offered_tools,
         thinking=body.thinking_mode,
@@ -204,20 +205,14 @@ def _cancel(task: asyncio.Task[None], turn: Turn) -> None:
     turn.close()  # a task that never began would not
 
 
-async def _stream(answering: Answering, keep: Callable[[], None], silence: float) -> AsyncIterator[bytes]:
-    for event in answering.begin():
-        yield named_sse(event)
+async def _stream(answering: Answering, keep: Callable[[], None]) -> AsyncIterator[bytes]:
+    yield b"".join(map(named_sse, answering.begin()))
     try:
-        async with aclosing(with_silences(answering.turn.parts(), silence)) as parts:
-            async for part in parts:
-                if part is None:
-                    yield WAITING
-                    continue
-                events = list(answering.take(part))
-                if part.reason is not None:
-                    keep()
-                for event in events:
-                    yield named_sse(event)
+        async for part in answering.turn.parts():
+            events = b"".join(map(named_sse, answering.take(part)))
+            if part.reason is not None:
+                keep()
+            yield events  # one write
     except LongforgeError as error:
         event = answering.fail(error)
         keep()

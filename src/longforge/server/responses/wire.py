@@ -16,7 +16,7 @@ from longforge.chat.constraint import Constraint
 from longforge.protocol import SamplingParams, ToolSpec
 from longforge.server.chat_request import DEFAULT_CHAT_TOKENS
 from longforge.server.responses.items import Item
-from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_schema
+from longforge.server.wire import MAX_MESSAGES, MAX_TOOLS, Body, NotStrict, check_names, check_schema
 
 __all__ = ["ResponsesRequest"]
 
@@ -138,6 +138,7 @@ class ResponsesRequest(Body):
             raise ValueError("background: expected store to be true, since the response is fetched later")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
+        check_names([tool.name for tool in self.tools or ()])
         return self
 
     @property
