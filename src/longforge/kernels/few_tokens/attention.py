@@ -30,7 +30,7 @@ HEADS = 16
 """Heads that a unit holds scores of, if they are of several groups."""
 SPANS = 64
 """Most spans of a prefix: beyond, spans grow."""
-SCAN = 32
+SCAN = 8
 """Blocks of a unit of the scan."""
 
 
