@@ -15,7 +15,7 @@ setup: .venv/.ok
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# Into the user's own cache, so that the first `longforge serve` starts at once; what it finds stops nothing.
-	-env -u NUMBA_CACHE_DIR $(BIN)/longforge doctor --compile --dtype float32
+	-env -u NUMBA_CACHE_DIR $(BIN)/longforge doctor --compile
 	touch $@
 
 demo: setup

@@ -98,12 +98,13 @@ def test_features_that_are_on_are_named_and_no_others():
         (torch.float32, 10 * LARGE_WEIGHTS, "amx", torch.float32),
         (torch.bfloat16, LARGE_WEIGHTS, "amx", torch.bfloat16),
         (torch.bfloat16, LARGE_WEIGHTS, "avx512", torch.bfloat16),
-        (torch.bfloat16, LARGE_WEIGHTS - 1, "amx", torch.float32),
+        (torch.bfloat16, LARGE_WEIGHTS - 1, "avx512", torch.float32),
+        (torch.bfloat16, 1, "amx", torch.bfloat16),
         (torch.bfloat16, LARGE_WEIGHTS, None, torch.float32),
         (torch.float16, LARGE_WEIGHTS, "amx", torch.bfloat16),
     ],
 )
-def test_bf16_on_a_cpu_that_multiplies_it_for_weights_that_are_large(
+def test_bf16_on_a_cpu_with_matrix_tiles_and_for_large_weights_on_one_that_multiplies_it(
     declared: torch.dtype, weights: int, engine: str | None, chosen: torch.dtype
 ):
     dtype, why = cpu_dtype(declared, weights, engine)

@@ -16,10 +16,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What can be asked for. fp16 is not among them: processors compute it hundreds of times slower."""
 
 LARGE_WEIGHTS = 256 * 2**20
-"""fp32 bytes from which bf16 is faster on a processor that multiplies it. Below, weights stay in its caches,
-and a token costs more in conversions than it saves in reading (measured on two cores with AMX: at 23 MiB bf16
-decodes at 0.7 of fp32's rate, at 286 MiB at 0.9 alone and 1.2 for eight requests, with prompts 2 times as
-fast)."""
+"""fp32 bytes from which bf16 is taken on a processor that multiplies it without matrix tiles. Below, weights
+stay in its caches, and a token costs more in conversions than it saves in reading. With tiles bf16 is faster
+whatever the size (`benchmarks/results/cpu/serve.json` has both for 23 MiB)."""
 
 UNITS = {"amx": "AMX", "avx512": "AVX512-BF16"}
 
@@ -65,7 +64,7 @@ def cpu_dtype(declared: torch.dtype, weight_bytes: int, engine: str | None) -> t
         return torch.float32, "as the checkpoint says"
     if engine is None:
         return torch.float32, "neither AVX512-BF16 nor AMX found, without which bf16 is slower"
-    if weight_bytes < LARGE_WEIGHTS:
+    if engine != "amx" and weight_bytes < LARGE_WEIGHTS:
         return (
             torch.float32,
             f"{UNITS[engine]} found, but {weight_bytes / 2**20:.0f} MiB gain nothing by bf16",
