@@ -183,14 +183,14 @@ class FewTokens:
         for states in before:
             hidden[known : known + len(states)] = states.float().numpy()
             known += len(states)
-        table, heads, begin = list[Pass](), list[tuple[int, int]](), 0
+        table, heads, begin, most = list[Pass](), list[tuple[int, int]](), 0, 0
         for number, (end, more) in enumerate(passes):
             layer = layers if number == 0 else layers + self._tables.modules + number - 1
             table.append((layer, layer + 1, begin, end, len(heads), len(heads) + len(more)))
             heads += more
-            begin = end
+            begin, most = end, max(most, end - begin)
         work = total * self._tables.work // layers
-        order, *_ = self._run(table, rows, heads, known, work, page_table, hidden)
+        order, *_ = self._run(table, rows, heads, most, work, page_table, hidden)
         tokens = order[len(order) - len(heads) :].tolist()
         return [tokens[a:b] for *_, a, b in table]
 
