@@ -11,6 +11,8 @@ from longforge.engine import Engine, GenerationRequest, TokenEvent
 from longforge.engine.draft_costs import PLAIN
 from longforge.engine.draft_length import DraftCosts, best_length, expected_tokens
 from longforge.engine.grammar import Grammars
+from longforge.engine.runner import Runner, Stretch
+from longforge.engine.sequence import Sequence
 from longforge.errors import InputError
 from longforge.model import CausalLM, shipped
 from longforge.protocol import Grammar, SamplingParams
@@ -163,3 +165,17 @@ def test_what_waits_for_the_draft_module_keeps_no_large_steps_hidden_states():
     engine.step()
     short = engine._scheduler.running[0].drafting.pending
     assert len(short) == 2 and short[-1].untyped_storage().nbytes() == 3 * 24 * 4
+
+
+def test_logits_that_were_known_are_not_those_of_guesses_made_since():
+    """A compiled step and compiled guesses write their logits to the same memory."""
+    model = small_model()
+    runner = Runner(model, pages=9, max_running=1, context=36, drafts=2)
+    sequence = Sequence(GenerationRequest("one", (5, 6, 7), PARAMS[0]), limit=30, seed=0, arrival=1)
+    sequence.row, sequence.pages = 0, list(range(9))
+    runner.show_pages(sequence, 0)
+    stretches, places = [Stretch(sequence, 0, [5, 6, 7])], [1, 2]
+    hidden = runner.run(stretches, places)
+    expected = runner.logits_at(hidden, places).clone()
+    runner.guess(stretches, [torch.zeros(3, model.config.hidden_size)], [2])
+    torch.testing.assert_close(runner.logits_at(hidden, places), expected)

@@ -1,5 +1,10 @@
 """Rows times bf16 panels on matrix tiles: as exact as they say, and the same bits in any company."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +81,22 @@ def test_panels_hold_sixteen_rows_with_neighbours_side_by_side():
     panels = in_panels(w)
     assert panels.shape == (2, 2, 32, 16, 2)
     assert int(panels[1, 1, 5, 3, 1]) == int(w[1, 16 + 3, 2 * 5 + 1])
+
+
+WITHOUT_BF16 = """
+import numpy as np
+from longforge.kernels.few_tokens.tile_rows import split_rows
+from longforge.kernels.tiles.engine import TILE_ENGINE
+assert TILE_ENGINE is None
+split_rows(np.zeros(64, np.uint16), np.ones(32, np.float32), 32, np.arange(1), 1, 32)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names an x86 processor")
+def test_a_processor_that_knows_no_bf16_can_compile_what_it_will_not_use():
+    """Rounding to bf16 there would be a call of a function that nobody links: the process dies of it."""
+    others = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_BF16], env=os.environ | others, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr

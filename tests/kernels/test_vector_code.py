@@ -1,5 +1,8 @@
 """The compiled building blocks against numpy in float64, at sizes that leave remainders."""
 
+import re
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
@@ -72,3 +75,15 @@ def test_small_work_runs_on_one_thread_and_torch_keeps_its_number():
     with numba_host.parallel_region(1 << 40):
         assert numba.get_num_threads() == min(threads, numba_host.CONFIG.NUMBA_NUM_THREADS)
     assert torch.get_num_threads() == threads
+
+
+def test_the_cache_knows_every_room_whose_compiled_code_others_call():
+    """Else machine code of an older file would stay in use after an edit."""
+    kernels = Path(numba_host.__file__).parent
+    called = set()
+    for file in kernels.glob("*/*.py"):
+        for room, module in re.findall(r"from longforge\.kernels\.(\w+)\.(\w+) import", file.read_text()):
+            source = (kernels / room / f"{module}.py").read_text()
+            if room != file.parent.name and ("@compiled" in source or "@intrinsic" in source):
+                called.add(room)
+    assert called and called <= set(numba_host.CALLED_ROOMS)

@@ -381,3 +381,26 @@ def test_it_says_what_it_cannot_do(build, layout):
     step = arrays(layout([(0, 0, 1)], table, 4))
     with pytest.raises(InputError, match="MTP modules"):
         few.mtp(1, torch.zeros(1, 32), np.zeros(1, np.int64), *step)
+
+
+def test_it_reads_nothing_behind_what_it_was_given(build, layout):
+    """Compiled code checks no bounds: what would make it read on is refused before."""
+    lm = build("m3")
+    table, rows = np.arange(4, dtype=np.int32)[None], [[1, 1], [0, 1], [0, 0], [0, 1]]
+    few = FewTokens(lm, new_cache(lm, 4))
+    one, two = torch.zeros(1, 32), torch.zeros(2, 32)
+    with pytest.raises(InputError, match="up to 2 different rows"):
+        few.step(rows, table, [0, 1, 1])
+    with pytest.raises(InputError, match="one for each of 2 tokens expected, got 1"):
+        ids, positions, paths, slots = map(np.array, rows)
+        few.mtp(0, one, ids, positions, paths, slots, table)
+    with pytest.raises(InputError, match="one for each of 2 tokens expected, got 1"):
+        few.guesses([one], rows, table, [Heads(2, [(1, -1)])])
+    with pytest.raises(InputError, match="passes: from 1 to 3 expected, got 4"):
+        few.guesses([two], rows, table, [Heads(2, [])] * 4)
+    with pytest.raises(InputError, match="from 1 to 64 tokens expected, got 65"):
+        longer = [[row[0]] * 67 for row in rows]
+        few.guesses([two], longer, table, [Heads(2, []), Heads(67, [])])
+    without = FewTokens(lm, KVCache(lm.config, 4))
+    with pytest.raises(InputError, match="MTP modules"):
+        without.guesses([two], rows, table, [Heads(2, [])])

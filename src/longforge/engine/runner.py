@@ -170,6 +170,7 @@ class Runner:
         where `run_drafts` has to do it pass by pass."""
         if self._few is None or not _is_little(stretches):
             return None
+        self._known_logits = None  # the guesses' logits are written where these were
         later, passes = _later_guesses(stretches, lengths)
         given = self._few.guesses(before, self._rows([*stretches, *later]), self._page_table, passes)
         passes_of = [iter(tokens) for tokens in given]

@@ -34,18 +34,20 @@ __all__ = [
 
 CONFIG: Any = numba.config  # its attributes come from the environment, unseen by type checkers
 _ONE_AT_A_TIME = threading.Lock()
+CALLED_ROOMS = ("select_blocks", "tiles")
+"""Rooms whose compiled functions those of other rooms call."""
 
 
 def _cache_folder(room: Path) -> str:
     """Where this version of a room's kernels keeps its machine code.
 
     numba's cache of a function knows when the function's own file changes, not when a file it calls into
-    does. Those are the files of its room, the ones beside this file and the tiles: their hash in the folder's
-    name makes a stale cache impossible.
+    does. Those are the files of its room, the ones beside this file and those of CALLED_ROOMS: their hash in
+    the folder's name makes a stale cache impossible.
     """
     sources = hashlib.sha256(str(TILE_ENGINE).encode())  # which is compiled into the code, unseen by numba
     here = Path(__file__).parent
-    for folder in sorted({here, here / "tiles", room}):
+    for folder in sorted({here, *(here / name for name in CALLED_ROOMS), room}):
         for file in sorted(folder.glob("*.py")):
             sources.update(file.read_bytes())
     base = CONFIG.CACHE_DIR or str(

@@ -23,7 +23,7 @@ from longforge.kernels.numba_host import SMALL, parallel_region
 from longforge.model.cache import KVCache
 from longforge.model.causal_lm import CausalLM
 from longforge.model.few_tokens_scratch import Scratch, sizes_of
-from longforge.model.few_tokens_tables import tables
+from longforge.model.few_tokens_tables import MOST_GUESSES, tables
 
 __all__ = ["FewTokens", "Heads"]
 
@@ -125,10 +125,12 @@ class FewTokens:
     ) -> tuple[Tensor, Tensor]:
         """Hidden states fp32 [N, d], and logits fp32 [len(heads), V] of some of them, as one compiled call.
 
-        rows: ids, positions, paths and slots; otherwise like `hidden` and `logits`. The next call of any
-        method writes over the logits.
+        rows: ids, positions, paths and slots; heads: different rows; otherwise like `hidden` and `logits`.
+        The next `step`, or `guesses`, writes over the logits. Raises InputError for more heads than rows.
         """
         n = len(rows[0])
+        if len(heads) > n:
+            raise InputError(f"heads: up to {n} different rows expected, got {len(heads)}")
         passes = [(0, len(self.model.config.layers), 0, n, 0, len(heads))]
         heads_only = [(row, -1) for row in heads]
         return self._run(passes, rows, heads_only, n, n * self._tables.work, page_table, _NO_HIDDEN)[1:]
@@ -149,12 +151,9 @@ class FewTokens:
         module or the cache no entry for it.
         """
         layers = len(self.model.config.layers)
-        if not 0 <= module < len(self.model.mtp) or layers + module >= len(self.cache.k):
-            raise InputError(
-                f"module: one of the model's {len(self.model.mtp)} MTP modules with pages in the cache "
-                f"expected, got {module}"
-            )
+        self._check_module(module)
         rows, n = [x.tolist() for x in (ids, positions, paths, slots)], len(ids)
+        _check_states(len(hidden), n)
         passes = [(layers + module, layers + module + 1, 0, n, 0, 0)]
         given = hidden.detach().float().contiguous().numpy()
         return self._run(passes, rows, [], n, n * self._tables.work // layers, page_table, given)[1]
@@ -172,21 +171,26 @@ class FewTokens:
         the guessed token as its id and the module's output as its hidden state. -1: none does.
 
         before: hidden states [., d] of the first pass's rows, one after the other; rows as in `step`, ids
-        behind the first pass do not matter. Returns the tokens of each pass.
+        behind the first pass do not matter. Returns the tokens of each pass. Raises InputError for more
+        passes, other than one hidden state for each row of the first, and where `mtp` has no first module.
         """
+        self._check_module(0)
+        if not 0 < len(passes) <= MOST_GUESSES:
+            raise InputError(f"passes: from 1 to {MOST_GUESSES} expected, got {len(passes)}")
+        _check_states(sum(map(len, before)), passes[0].end)
         layers, d, total = len(self.model.config.layers), self.model.config.hidden_size, len(rows[0])
         hidden, known = np.empty((total, d), np.float32), 0
         for states in before:
             hidden[known : known + len(states)] = states.float().numpy()
             known += len(states)
-        table, heads, begin = list[Pass](), list[tuple[int, int]](), 0
+        table, heads, begin, most = list[Pass](), list[tuple[int, int]](), 0, 0
         for number, (end, more) in enumerate(passes):
             layer = layers if number == 0 else layers + self._tables.modules + number - 1
             table.append((layer, layer + 1, begin, end, len(heads), len(heads) + len(more)))
             heads += more
-            begin = end
+            begin, most = end, max(most, end - begin)
         work = total * self._tables.work // layers
-        order, *_ = self._run(table, rows, heads, known, work, page_table, hidden)
+        order, *_ = self._run(table, rows, heads, most, work, page_table, hidden)
         tokens = order[len(order) - len(heads) :].tolist()
         return [tokens[a:b] for *_, a, b in table]
 
@@ -251,10 +255,22 @@ class FewTokens:
         states = torch.from_numpy(out)
         return order, states if s.padded == s.hidden else states[:, : s.hidden], told
 
+    def _check_module(self, module: int) -> None:
+        if not 0 <= module < self._tables.modules:
+            raise InputError(
+                f"module: one of the model's {len(self.model.mtp)} MTP modules with pages in the cache "
+                f"expected, got {module}"
+            )
+
     @staticmethod
     def _threads(work: int) -> int:
         """Threads for this many multiply-adds."""
         return min(torch.get_num_threads(), CONFIG.NUMBA_NUM_THREADS) if work > ALONE else 1
+
+
+def _check_states(given: int, rows: int) -> None:
+    if given != rows:  # compiled code would read on behind them
+        raise InputError(f"hidden states: one for each of {rows} tokens expected, got {given}")
 
 
 def _kind(dtype: torch.dtype) -> np.ndarray:

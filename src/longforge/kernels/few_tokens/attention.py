@@ -21,7 +21,20 @@ from longforge.kernels.vector_code import (
     transpose,
 )
 
-__all__ = ["CHUNK", "SCAN", "attend", "block_maxima", "merge_spans", "rank", "spans_of"]
+__all__ = [
+    "CHUNK",
+    "HEADS",
+    "SCAN",
+    "SPANS",
+    "attend",
+    "block_maxima",
+    "borrowed_desk",
+    "desk_for",
+    "merge_spans",
+    "rank",
+    "shares",
+    "spans_of",
+]
 
 f32 = np.float32
 CHUNK = 512

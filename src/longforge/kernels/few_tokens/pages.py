@@ -5,8 +5,8 @@ keys come in another order, thirty-two by thirty-two: first those at even places
 `spread` brings a query into this order, `gathered` brings sums back. Numbers of fp32 keys stay as they are.
 
 What a key or a value gets does not depend on the tile that holds it: every score is summed in sixteen lanes
-which are then added by halves, and every weighted sum takes the keys at even places of a page one after the
-other, those at odd ones likewise, and adds the two.
+which are then added by halves, and every weighted sum takes the first, third, ... of a page's seen keys one
+after the other, the second, fourth, ... likewise, and adds the two.
 """
 
 from typing import Any

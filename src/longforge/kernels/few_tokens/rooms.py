@@ -1,4 +1,4 @@
-"""Where a step keeps what is between its phases: one allocation for the most tokens a step may have."""
+"""Where a step keeps what is between its phases: allocated once, for the most tokens that a pass may have."""
 
 from typing import Any, NamedTuple
 

@@ -15,7 +15,7 @@ processor fetches ahead only once it has seen some lines of a page side by side.
 
 @compiled()
 def slice_rows(m, rows, inner, tokens):
-    """Rows of a slice of a matrix, a multiple of eight, of sixteen for tiles."""
+    """Rows of a slice of a matrix, a multiple of eight, of sixteen for tiles; rows: at least one."""
     if m.tiles:
         # An even number of slices of one size: there is often no more than one for each of two threads.
         count = 2 * max(1, rows * inner // (2 * TILES_UNIT))
@@ -25,7 +25,9 @@ def slice_rows(m, rows, inner, tokens):
 
 @compiled()
 def slices(m, rows, inner, tokens):
-    """Number of slices."""
+    """Number of slices; none of a matrix that the layer does not have (rows 0)."""
+    if rows == 0:
+        return 0
     step = slice_rows(m, rows, inner, tokens)
     return (rows + step - 1) // step
 

@@ -63,11 +63,14 @@ def scratch_for(threads: int, tokens: int, inner: int) -> tuple[np.ndarray, np.n
 @intrinsic
 def _split(typingctx, halves, h, below, x, x0, count):
     """halves[h + i] = x[x0 + i] as bf16 bits, halves[h + below + i] = what that leaves; i < count, a multiple
-    of 16."""
+    of 16. Nothing where there are no matrix tiles: a processor that does not know bf16 would have to call a
+    function for it that is not there."""
     n = types.intp
     sig = types.void(halves, n, n, x, n, n)
 
     def codegen(context, builder, signature, args):
+        if TILE_ENGINE != "amx":
+            return context.get_dummy_value()
         halves, x = (data(context, builder, signature, args, i) for i in (0, 3))
         with cgutils.for_range(builder, builder.sdiv(args[5], number(COLUMNS))) as loop:
             at = builder.mul(loop.index, number(COLUMNS))

@@ -1,9 +1,8 @@
-"""Dot products and weighted sums of a few vectors as LLVM IR, where the number of vectors changes no bit.
+"""Dot products of a few rows as LLVM IR, where the number of rows changes no bit, and parts of such code.
 
 Every dot product is summed in sixteen lanes (lane l takes elements l, l + 16, ...), one fused multiply-add
-after the other, and the lanes are added by halves: l with l + 8, then with l + 4, l + 2, l + 1. Every
-weighted sum goes through its vectors in order. So tiles of different sizes, which share their loads among
-more results, give the same numbers.
+after the other, and the lanes are added by halves: l with l + 8, then with l + 4, l + 2, l + 1. So tiles of
+different sizes, which share their loads among more results, give the same numbers.
 """
 
 from typing import Any
@@ -13,7 +12,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-__all__ = ["LANES", "borrowed", "dots_of_rows", "flat_view"]
+__all__ = [
+    "F32",
+    "FLOATS",
+    "I32",
+    "I64",
+    "LANES",
+    "WORDS",
+    "borrowed",
+    "data_of",
+    "dots_of_rows",
+    "flat_view",
+    "fma",
+    "load",
+    "splat",
+]
 
 intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
 
