@@ -68,7 +68,8 @@ SERVE = """
 from longforge.engine import GenerationRequest
 from longforge.protocol import SamplingParams
 from longforge.server.launch import load
-engine = load(dtype="float32", threads=2, max_running=8)[0].engine
+from longforge.server.settings import ServeSettings
+engine = load(ServeSettings(dtype="float32", threads=2, max_running=8))[0].engine
 for place, (prompt, answer) in enumerate(((5, 20), (40, 30), (3000, 5), (2, 9))):
     sampling = SamplingParams(max_tokens=answer, temperature=0.7, seed=1)
     engine.submit(GenerationRequest(str(place), (7,) * prompt, sampling))

@@ -18,7 +18,13 @@ class Plan:
     def __init__(self, pages: int, max_running: int = 3, max_batch_tokens: int = 8) -> None:
         self.pool = PagePool(pages)
         self.cache = PrefixCache(self.pool, BLOCK)
-        self.scheduler = Scheduler(self.cache, max_running=max_running, max_batch_tokens=max_batch_tokens)
+        self.steps = 0
+        self.scheduler = Scheduler(
+            self.cache,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            clock=lambda: self.steps,
+        )
         self.count = 0
 
     def add(self, name: str, prompt: int, answer: int, priority: int = 0, first: int = 1) -> Sequence:
@@ -30,6 +36,7 @@ class Plan:
         return one
 
     def step(self) -> list[tuple[str, int, bool]]:
+        self.steps += 1
         work = self.scheduler.schedule()
         for item in work:
             item.sequence.computed += item.tokens
@@ -107,6 +114,18 @@ def test_who_comes_back_finds_the_pages_it_had_filled():
         plan.step()
     assert young.computed >= BLOCK
     plan.drain()
+
+
+def test_a_sequence_knows_when_it_was_first_let_in_and_no_later_time():
+    plan = Plan(7, max_running=2)
+    old, young, last = (plan.add(name, 9, 12) for name in ("old", "young", "last"))
+    while not plan.scheduler.preemptions:
+        plan.step()
+    assert young.row < 0, "it was pushed out and will come back"
+    let_in = young.let_in
+    plan.drain()
+    assert old.let_in == 1 and young.let_in == let_in and let_in is not None
+    assert last.let_in is not None and last.let_in > let_in + 1, "a row was free only when another had ended"
 
 
 def test_a_better_priority_is_served_first_and_pushes_out_a_worse_one():

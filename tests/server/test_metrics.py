@@ -1,5 +1,7 @@
 """Figures for Prometheus: under the expected names, and true."""
 
+import threading
+import time
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +24,12 @@ COUNTERS = (
     "spec_decode_num_draft_tokens",
     "spec_decode_num_accepted_tokens",
 )
-HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "request_queue_time_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+)
 
 
 def scrape(served: Any) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -59,18 +66,44 @@ def test_an_answer_is_counted_once_with_its_tokens_and_times(served: Any):
     ended = [gained("request_success_total", finished_reason=reason) for reason in ("stop", "length")]
     assert sum(ended) == 3
     assert gained("time_to_first_token_seconds_count") == 3
+    assert gained("request_queue_time_seconds_count") == 3
     assert gained("e2e_request_latency_seconds_count") == 3
     assert gained("inter_token_latency_seconds_count") == gained("generation_tokens_total") - 3
     assert gained("prompt_tokens_total") > 0 and value(after, "num_requests_running") == 0
 
 
+def test_the_time_in_the_queue_is_that_before_the_scheduler_lets_a_request_in(served: Any):
+    before = scrape(served)
+    body = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 2}
+    served.loop.pause()
+    client = threading.Thread(target=HTTP.post, args=(f"{served.url}/v1/completions",), kwargs={"json": body})
+    client.start()
+    while not served.loop.stats().waiting:
+        assert client.is_alive()
+    paused = time.perf_counter()
+    time.sleep(0.3)
+    waited = time.perf_counter() - paused  # and nothing was let in
+    served.loop.resume()
+    client.join()
+    after = scrape(served)
+
+    def gained(name: str) -> float:
+        return value(after, name) - value(before, name)
+
+    assert gained("request_queue_time_seconds_count") == 1
+    queued = gained("request_queue_time_seconds_sum")
+    assert waited <= queued <= gained("time_to_first_token_seconds_sum")
+
+
 def test_times_are_from_the_request_and_from_token_to_token():
     metrics = Metrics(EngineLoop(Engine(small_model(), pages=4)), "small")
-    metrics.observe(Observed("length", opened=10.0, arrivals=(12.0, 12.5, 14.0)))
+    metrics.observe(Observed("length", opened=10.0, arrivals=(12.0, 12.5, 14.0), let_in=10.5))
     metrics.observe(Observed("abort", opened=10.0, arrivals=()))
     read = metrics.registry.get_sample_value
     label = {"model_name": "small"}
     assert read("vllm:time_to_first_token_seconds_sum", label) == 2.0
+    assert read("vllm:request_queue_time_seconds_sum", label) == 0.5
+    assert read("vllm:request_queue_time_seconds_count", label) == 1
     assert read("vllm:inter_token_latency_seconds_sum", label) == 2.0
     assert read("vllm:inter_token_latency_seconds_count", label) == 2
     assert read("vllm:e2e_request_latency_seconds_sum", label) == 4.0

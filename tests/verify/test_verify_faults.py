@@ -1,6 +1,7 @@
 """Each check of `longforge verify` can fail: one thing is broken at a time, and the check that is about it
 goes red, and no other."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from longforge.engine.sequence import Sequence
 from longforge.engine.tiers import record
 from longforge.engine.tiers.tiers import Tiers
 from longforge.kernels.select_blocks import api
-from longforge.model import CausalLM
+from longforge.model import CausalLM, ModelConfig, attention
+from longforge.model.attention import SparseAttention
 from longforge.model.few_tokens import FewTokens
 from longforge.server.anthropic.events import BlockEvents
 from longforge.server.completion import Completion
@@ -77,10 +79,10 @@ def any_tenant(patch: Patch) -> None:
 
 def skipped_token(patch: Patch) -> None:
     def make(take: Any) -> Any:
-        def broken(self: Results, work: Any, *rest: Any) -> Any:
-            taken = take(self, work, *rest)
-            for item in work:
-                item.sequence.computed += not item.samples  # between two chunks of a prompt
+        def broken(self: Results, spans: Any, *rest: Any) -> Any:
+            taken = take(self, spans, *rest)
+            for span in spans:
+                span.work.sequence.computed += not span.work.samples  # between two chunks of a prompt
             return taken
 
         return broken
@@ -90,8 +92,8 @@ def skipped_token(patch: Patch) -> None:
 
 def mixed_rows(patch: Patch) -> None:
     def make(run: Any) -> Any:
-        def broken(self: Runner, stretches: Any, blocks: Any = None) -> Tensor:
-            hidden = run(self, stretches, blocks)
+        def broken(self: Runner, stretches: Any, *rest: Any) -> Tensor:
+            hidden = run(self, stretches, *rest)
             return hidden.roll(1, 0) if len(stretches) > 3 else hidden
 
         return broken
@@ -127,18 +129,61 @@ def unseen_damage(patch: Patch) -> None:
     patch.setattr(record, "_checksum", lambda *given: bytes(32))
 
 
-def dropped_block(patch: Patch) -> None:
+def compiled_step_takes_less(patch: Patch) -> None:
+    """The compiled step selects a block less than the model says."""
+
+    def make(init: Any) -> Any:
+        def broken(self: FewTokens, model: CausalLM, *rest: Any) -> None:
+            other = copy.copy(model)  # the same weights
+            other.config = one_less(model.config)
+            init(self, other, *rest)
+
+        return broken
+
+    wrap(patch, FewTokens, "__init__", make)
+
+
+def one_less(config: ModelConfig) -> ModelConfig:
+    return replace(config, top_k_blocks=max(1, config.top_k_blocks - 1))
+
+
+def kernel_takes_less(patch: Patch) -> None:
+    """The kernel selects a block less than it is asked for, and so does the compiled step."""
+
     def make(select: Any) -> Any:
         def broken(index_q: Tensor, pages: Tensor, layout: Any, top_k: int) -> Tensor:
-            chosen = select(index_q, pages, layout, top_k)
-            less = torch.cat([chosen[..., 1:], torch.full_like(chosen[..., :1], -1)], dim=-1)
-            return torch.where(chosen[..., -1:] >= top_k, less, chosen)  # only where a choice is made
+            return torch.nn.functional.pad(select(index_q, pages, layout, top_k - 1), (0, 1), value=-1)
 
         return broken
 
     patch.setitem(api.BACKENDS, "cpu", make(api.BACKENDS["cpu"]))
-    # The compiled step selects by itself; beside it the fault would show as a difference between the two.
-    patch.setattr(FewTokens, "supports", staticmethod(lambda model: False))
+    patch.setattr(SparseAttention, "_all_selected", lambda self, layout: False)
+    compiled_step_takes_less(patch)
+
+
+def engine_asks_for_less(patch: Patch) -> None:
+    """The kernel is right, and asked for a block less; the compiled step takes one less."""
+
+    def make(select: Any) -> Any:
+        def broken(index_q: Tensor, pages: Tensor, layout: Any, top_k: int, **rest: Any) -> Tensor:
+            return select(index_q, pages, layout, top_k - 1, **rest)
+
+        return broken
+
+    wrap(patch, attention, "select_blocks", make)
+    patch.setattr(SparseAttention, "_all_selected", lambda self, layout: False)
+    compiled_step_takes_less(patch)
+
+
+def tells_other_blocks(patch: Patch) -> None:
+    """The compiled step selects right and tells the one before in place of the first."""
+
+    def told(self: FewTokens) -> Any:
+        blocks = self._rooms.blocks.copy()
+        blocks[..., 0] -= blocks[..., 0] > 0
+        return blocks
+
+    patch.setattr(FewTokens, "selected", property(told))
 
 
 def all_but_one(push: Any) -> Any:
@@ -213,7 +258,9 @@ FAULTS: dict[Callable[[Patch], None], str] = {
     forgets_on_preemption: "preemption_equals_uninterrupted",
     another_record: "tiers_equal_memory",
     unseen_damage: "tiers_equal_memory",
-    dropped_block: "selection_is_exact",
+    kernel_takes_less: "selection_is_exact",
+    engine_asks_for_less: "selection_is_exact",
+    tells_other_blocks: "selection_is_exact",
     messages_drop: "dialects_agree",
     responses_drop: "dialects_agree",
     completions_drop: "dialects_agree",
@@ -232,13 +279,21 @@ def test_what_is_broken_turns_its_own_check_red(
     assert failed == {red}, details
 
 
+def test_a_compiled_step_that_selects_otherwise_is_seen_in_what_it_selected(
+    subject: Subject, monkeypatch: Patch
+):
+    compiled_step_takes_less(monkeypatch)
+    failed, details = outcome(subject)
+    assert "selection_is_exact" in failed and "engine, position" in details["selection_is_exact"]
+
+
 def test_a_pass_over_several_tokens_that_is_off_is_seen_without_drafts(subject: Subject, monkeypatch: Patch):
     torch.manual_seed(0)
     subject.model = CausalLM(replace(small_config(max_positions=1024), mtp_modules=0)).eval()
 
     def make(run: Any) -> Any:
-        def broken(self: Runner, stretches: Any, blocks: Any = None) -> Tensor:
-            hidden = run(self, stretches, blocks)
+        def broken(self: Runner, stretches: Any, *rest: Any) -> Tensor:
+            hidden = run(self, stretches, *rest)
             one = stretches[0]
             chain = len(stretches) == 1 and len(one.ids) == CHAIN and one.start % self.block_size
             return hidden * 1.01 if chain else hidden

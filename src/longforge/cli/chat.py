@@ -62,8 +62,9 @@ def _local_server(model: str | None, threads: int | None) -> "BackgroundServer":
     from longforge.server.app import create_app
     from longforge.server.launch import load
     from longforge.server.running import BackgroundServer
+    from longforge.server.settings import ServeSettings
 
-    engine_loop, tokenizer, name = load(model, threads=threads, max_running=1)
+    engine_loop, tokenizer, name = load(ServeSettings(model=model, threads=threads, max_running=1))
     return BackgroundServer(create_app(engine_loop, tokenizer, name), on_stop=engine_loop.stop)
 
 

@@ -110,6 +110,7 @@ class Results:
                     sequence.cached_tokens,
                     tuple(sequence.prompt_tokens) if first_event else (),
                     self._blocks(sequence, blocks, span.sampled[row - first]),
+                    sequence.let_in,
                 )
             )
             if reason is not None:

@@ -15,6 +15,7 @@ beside what runs; a head of a strictly better priority pushes out the last of th
 """
 
 import heapq
+import time
 from bisect import insort
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -51,7 +52,8 @@ class Restorer(Protocol):
 class Scheduler:
     """Queues, rows and pages of requests. Knows nothing of tensors.
 
-    spare: positions behind the known tokens and drafts for which pages are kept ready (new drafts).
+    spare: positions behind the known tokens and drafts for which pages are kept ready (new drafts). clock: in
+    seconds; tells when a sequence is first let in.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         spare: int = 0,
         restore: Restorer | None = None,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._cache = cache
         self._block_size = cache.block_size
@@ -70,6 +73,7 @@ class Scheduler:
         self._spare = spare
         self._restore = restore
         self._on_preempt = on_preempt
+        self._clock = clock
         self._free_rows = list(range(max_running - 1, -1, -1))
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap
         self.running: list[Sequence] = []
@@ -185,16 +189,20 @@ class Scheduler:
             return False
         found += self._restored(sequence, found)
         # Who comes back finds its own pages.
-        first_time, sequence.admitted = not sequence.admitted, True
-        if first_time and sequence.root is not None:
-            sequence.cached_tokens = len(found) * self._block_size
-            self.queried_tokens += sequence.known
-            self.hit_tokens += sequence.cached_tokens
+        if sequence.let_in is None:
+            sequence.let_in = self._clock()
+            self._count_found(sequence, len(found))
         sequence.pages = found
         sequence.published = len(found)
         sequence.computed = len(found) * self._block_size
         sequence.row = self._free_rows.pop()
         return True
+
+    def _count_found(self, sequence: Sequence, pages: int) -> None:
+        if sequence.root is not None:
+            sequence.cached_tokens = pages * self._block_size
+            self.queried_tokens += sequence.known
+            self.hit_tokens += sequence.cached_tokens
 
     def _find(self, sequence: Sequence) -> list[int]:
         if sequence.root is None or sequence.request.params.prompt_logprobs is not None:

@@ -25,7 +25,6 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted",
         "arrival",
         "cached_tokens",
         "computed",
@@ -34,6 +33,7 @@ class Sequence:
         "drafts",
         "ids",
         "known",
+        "let_in",
         "limit",
         "matcher",
         "page_keys",
@@ -58,8 +58,8 @@ class Sequence:
         self.seed = seed
         self.stops = frozenset(request.params.stop_token_ids)
         self.arrival = arrival
-        self.admitted = False
-        """Whether it was ever let in."""
+        self.let_in: float | None = None
+        """When it was first let in, in seconds of the scheduler's clock; None: never yet."""
         self.computed = 0
         self.drafts: tuple[int, ...] = ()
         self.cached_tokens = 0

@@ -75,7 +75,8 @@ class Answer:
         self._loop.close(self._generation)
         if self._observer is not None:
             generation, observer, self._observer = self._generation, self._observer, None
-            observer(Observed(self._outcome, generation.opened, tuple(generation.arrivals)))
+            arrivals = tuple(generation.arrivals)
+            observer(Observed(self._outcome, generation.opened, arrivals, generation.let_in))
 
     async def parts(self) -> AsyncIterator[Part]:
         """The parts in order; the last one has a reason.

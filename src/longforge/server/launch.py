@@ -1,6 +1,5 @@
 """From a model folder to a running server."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from longforge.server.front_door import LOOPBACK_HOSTS, Door
 from longforge.server.keys import ApiKeys
 from longforge.server.placement import choose_placement
 from longforge.server.running import Drain, bind, run_server, url_of
+from longforge.server.settings import ServeSettings
 
 __all__ = [
     "DEFAULT_DRAFTS",
@@ -47,89 +47,40 @@ DEFAULT_DRAFTS = 0
 """Most tokens guessed ahead where nothing else was asked for and the model has a module to guess with."""
 
 
-def serve(
-    model: str | Path | None = None,
-    *,
-    name: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    threads: int | None = None,
-    pages: int | None = None,
-    max_running: int = 64,
-    max_requests: int = 1024,
-    max_queued_tokens: int = 64_000_000,
-    api_key_file: Path | None = None,
-    allowed_hosts: Sequence[str] = (),
-    max_body_bytes: int = 64 * 2**20,
-    drain_seconds: float = 30.0,
-    device: str = "auto",
-    dtype: str = "auto",
-    context: int | None = None,
-    drafts: int | None = None,
-    tiers: TierSettings = TierSettings(),
-) -> None:
-    """Serves a model folder (None: the shipped demo model) until Ctrl-C or SIGTERM.
-
-    name: the model's name in requests (None: the folder's). port: 0 picks a free one. threads: CPU threads
-    (None: the cores that are free). pages: pages in the pool. max_requests, max_queued_tokens: most open
-    requests and most prompt tokens of them; more are refused until some are done. api_key_file: lines
-    name:key; a single key may also come from the environment (LONGFORGE_API_KEY). allowed_hosts: names that
-    requests may give the server beside those of a loopback address. drain_seconds: how long open answers may
-    go on after the first signal. device, dtype: as in `choose_placement`. context: most positions of a
-    request, instead of the model's own. drafts: as in `chosen_drafts`. tiers: where pages are kept beside
-    the pool.
+def serve(settings: ServeSettings) -> None:
+    """Serves a model folder until Ctrl-C or SIGTERM.
 
     Prints where it is when it is ready, the URL in the first line. Errors: InputError for a port in use or a
     bad number, ConfigError for the keys, CheckpointError for the folder, all before anything is served;
     EngineError when the engine has failed, after open requests were told.
     """
-    if math.isnan(drain_seconds) or drain_seconds < 0:
-        raise InputError(f"drain seconds: expected at least 0, got {drain_seconds}")
     door = Door(
-        ApiKeys.load(api_key_file, os.environ.get(KEY_VARIABLE)),
-        served_hosts(host, allowed_hosts),
-        max_body_bytes,
+        ApiKeys.load(settings.api_key_file, os.environ.get(KEY_VARIABLE)),
+        served_hosts(settings.host, settings.allowed_hosts),
+        settings.max_body_bytes,
     )
-    listener = bind(host, port)  # first, so that a port in use is told before a model is loaded
+    listener = bind(settings.host, settings.port)  # first: a port in use is told before a model is loaded
     try:
-        folder = model_folder(model)
         cores = free_cores()
-        engine_loop, tokenizer, model_name = load(
-            folder,
-            name=name,
-            threads=cores.free if threads is None else threads,
-            pages=pages,
-            max_running=max_running,
-            max_requests=max_requests,
-            max_queued_tokens=max_queued_tokens,
-            device=device,
-            dtype=dtype,
-            context=context,
-            drafts=drafts,
-            tiers=tiers,
-        )
+        threads = cores.free if settings.threads is None else settings.threads
+        engine_loop, tokenizer, model_name = load(replace(settings, threads=threads))
     except BaseException:
         listener.close()
         raise
-    facts = ServerFacts(
+    facts = _facts(
+        settings,
+        engine_loop,
         model=model_name,
         url=url_of(listener),
-        context=engine_loop.engine.context,
-        pages=engine_loop.stats().pages,
-        page_tokens=engine_loop.engine.config.block_size,
-        threads=torch.get_num_threads(),
-        threads_why=cores.why if threads is None else "as asked",
-        placement=str(choose_placement(folder, device, dtype)),
-        features=_features(engine_loop.engine.config, drafts, tiers, len(door.keys.digests)),
-        notices=_notices(config_of(folder).max_positions, context, None if door.keys else host),
+        threads_why=cores.why if settings.threads is None else "as asked",
+        api_keys=len(door.keys.digests),
     )
-
     app = create_app(engine_loop, tokenizer, model_name, door=door)
     drain = Drain(
         engine_loop.drain,
         lambda: engine_loop.open_requests == 0,
-        drain_seconds,
-        tell=lambda: print(draining(engine_loop.open_requests, drain_seconds), flush=True),
+        settings.drain_seconds,
+        tell=lambda: print(draining(engine_loop.open_requests, settings.drain_seconds), flush=True),
     )
     run_server(
         app,
@@ -156,44 +107,27 @@ def served_hosts(host: str, more: Sequence[str]) -> frozenset[str] | None:
     return named or None
 
 
-def load(
-    model: str | Path | None = None,
-    *,
-    name: str | None = None,
-    threads: int | None = None,
-    pages: int | None = None,
-    max_running: int = 64,
-    max_requests: int = 1024,
-    max_queued_tokens: int = 64_000_000,
-    device: str = "auto",
-    dtype: str = "auto",
-    context: int | None = None,
-    drafts: int | None = None,
-    tiers: TierSettings = TierSettings(),
-) -> tuple[EngineLoop, Tokenizer, str]:
-    """A warm engine in its loop (not started), the tokenizer and the model's name; arguments of `serve`."""
+def load(settings: ServeSettings) -> tuple[EngineLoop, Tokenizer, str]:
+    """A warm engine in its loop (not started), the tokenizer and the model's name."""
     keep_freed_memory()
-    folder = model_folder(model)
-    threads = free_cores().free if threads is None else threads
-    if threads < 1:
-        raise InputError(f"threads: expected at least 1, got {threads}")
+    folder = model_folder(settings.model)
+    threads = free_cores().free if settings.threads is None else settings.threads
     torch.set_num_threads(threads)
     tokenizer = Tokenizer.load(folder)
     try:
         tokenizer.token_id(EOS)  # every request stops at it: told now, not at the first one
     except InputError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    placement = choose_placement(folder, device, dtype)
+    placement = choose_placement(folder, settings.device, settings.dtype)
     causal_lm = CausalLM.from_pretrained(folder, placement.dtype, placement.device)
-    if context is not None:
-        if context < 2:
-            raise InputError(f"context: expected at least 2 tokens, got {context}")
-        causal_lm.config = replace(causal_lm.config, max_positions=context)
+    if settings.context is not None:
+        causal_lm.config = replace(causal_lm.config, max_positions=settings.context)
     config = causal_lm.config
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         )
+    pages, tiers = settings.pages, _tiers(settings)
     if pages is not None:
         needed = pages * KVCache(config, 1, "meta", causal_lm.dtype).bytes
         _check_memory(needed, f"pages: expected at most {{}}, got {pages} pages of {{}} together")
@@ -201,15 +135,17 @@ def load(
     engine = Engine(
         causal_lm,
         pages=default_pages(config, causal_lm.dtype) if pages is None else pages,
-        max_running=max_running,
-        max_batch_tokens=max(2048, max_running),
-        drafts=chosen_drafts(drafts, config),
+        max_running=settings.max_running,
+        max_batch_tokens=max(2048, settings.max_running),
+        drafts=chosen_drafts(settings.drafts, config),
         tiers=tiers,
         grammars=Grammars(tokenizer, config.vocab_size),
     )
     engine.warm_up()
-    loop = EngineLoop(engine, threads=threads, max_requests=max_requests, max_tokens=max_queued_tokens)
-    return loop, tokenizer, name or folder.resolve().name
+    loop = EngineLoop(
+        engine, threads=threads, max_requests=settings.max_requests, max_tokens=settings.max_queued_tokens
+    )
+    return loop, tokenizer, settings.name or folder.resolve().name
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -228,6 +164,30 @@ def chosen_drafts(asked: int | None, config: ModelConfig) -> int:
     if asked is not None:
         return asked
     return DEFAULT_DRAFTS if config.mtp_modules and not config.has("lightning") else 0
+
+
+def _facts(
+    settings: ServeSettings, loop: EngineLoop, *, model: str, url: str, threads_why: str, api_keys: int
+) -> ServerFacts:
+    """What the banner tells of a server that is ready."""
+    folder, config = model_folder(settings.model), loop.engine.config
+    keyless = None if api_keys else settings.host
+    return ServerFacts(
+        model=model,
+        url=url,
+        context=loop.engine.context,
+        pages=loop.stats().pages,
+        page_tokens=config.block_size,
+        threads=torch.get_num_threads(),
+        threads_why=threads_why,
+        placement=str(choose_placement(folder, settings.device, settings.dtype)),
+        features=_features(config, settings.drafts, _tiers(settings), api_keys),
+        notices=_notices(config_of(folder).max_positions, settings.context, keyless),
+    )
+
+
+def _tiers(settings: ServeSettings) -> TierSettings:
+    return TierSettings(settings.host_cache_bytes, settings.file_cache, settings.file_cache_bytes)
 
 
 def _features(config: ModelConfig, drafts: int | None, tiers: TierSettings, api_keys: int) -> Features:

@@ -74,6 +74,9 @@ class Metrics:
             return whole.labels(model_name)
 
         self._first = histogram("time_to_first_token_seconds", "From the request to its first token")
+        self._queue = histogram(
+            "request_queue_time_seconds", "From the request until it is first let in to run"
+        )
         self._between = histogram("inter_token_latency_seconds", "From one token to the next")
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its last token")
         self._model_name = model_name
@@ -93,6 +96,8 @@ class Metrics:
         if not arrivals:
             return
         self._first.observe(arrivals[0] - observed.opened)
+        if observed.let_in is not None:
+            self._queue.observe(observed.let_in - observed.opened)
         for before, after in itertools.pairwise(arrivals):
             self._between.observe(after - before)
         if observed.outcome in ("stop", "length"):

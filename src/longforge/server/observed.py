@@ -15,6 +15,8 @@ class Observed:
     opened: float
     arrivals: tuple[float, ...]
     """When each token came."""
+    let_in: float | None = None
+    """When the scheduler first let it in; None: unknown, as no token came."""
 
 
 Observer = Callable[[Observed], None]

@@ -59,7 +59,7 @@ def _compare_tails(subject: Subject, found: Comparison, prompt: tuple[int, ...])
     middle = max(1, len(prompt) // 2)
     for start, end in ((0, middle), (middle, len(prompt))):
         if end > start:
-            runner.run([Stretch(sequence, start, sequence.ids[start:end])])
+            runner.run([_stretch(sequence, start, end)])
     kept = torch.cat([runner.tail(page) for page in range(len(ends))])
     expected = _whole(subject, prompt)[ends.to(kept.device)]
     off = float((kept.double() - expected.double()).abs().max())
@@ -78,10 +78,10 @@ def verify_equals_decode(subject: Subject) -> Check:
     ways: list[Tensor] = []
     for size in (CHAIN, 1):
         runner, sequence = _bare(subject, path, pages)
-        runner.run([Stretch(sequence, 0, sequence.ids[: len(prompt)])])
+        runner.run([_stretch(sequence, 0, len(prompt))])
         rows = []
         for start in range(len(prompt), len(path), size):
-            hidden = runner.run([Stretch(sequence, start, sequence.ids[start : start + size])])
+            hidden = runner.run([_stretch(sequence, start, start + size)])
             rows.append(runner.logits(hidden).double().log_softmax(dim=-1))
         ways.append(torch.cat(rows))
     # What is all but impossible is not compared: its log-probability is a difference of large numbers.
@@ -106,6 +106,11 @@ def _bare(
     sequence.row, sequence.pages = 0, list(range(pages))
     runner.show_pages(sequence, 0)
     return runner, sequence
+
+
+def _stretch(sequence: Sequence, start: int, end: int) -> Stretch:
+    """The tokens at these positions, so far as there are any."""
+    return Stretch(sequence, start, sequence.ids[start:end].tolist())
 
 
 def _whole(subject: Subject, path: tuple[int, ...]) -> Tensor:
