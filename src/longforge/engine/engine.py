@@ -100,6 +100,9 @@ class Engine:
         )
         self._results = Results(self._runner, model.version)
         self._sequences: dict[str, Sequence] = {}
+        self.let_in: dict[str, float | None] = {}
+        """Of the requests in the last step that had no token before it: when each was first let in, in
+        seconds of `time.perf_counter`. Not in the events, which are the same each time."""
         self._arrivals = 0
         self._steps = self._prompt_tokens = self._cancelled = 0
 
@@ -159,6 +162,7 @@ class Engine:
         """
         started = time.perf_counter()
         work = self._scheduler.schedule()
+        self.let_in = {s.request.id: s.let_in for s, *_ in work if not s.generated}
         if not work:
             return []
         planned = time.perf_counter()

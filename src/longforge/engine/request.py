@@ -56,8 +56,6 @@ class TokenEvent(NamedTuple):
     """On the first event where `prompt_logprobs` was asked for: an entry per prompt token, the first None."""
     blocks: tuple[int, ...] = ()
     """Where asked for: how many of the layers' groups selected each block of the context, block 0 first."""
-    let_in: float | None = None
-    """When its request was first let in to run, in seconds of `time.perf_counter`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,6 @@ class Results:
                     sequence.cached_tokens,
                     tuple(sequence.prompt_tokens) if first_event else (),
                     self._blocks(sequence, blocks, span.sampled[row - first]),
-                    sequence.let_in,
                 )
             )
             if reason is not None:

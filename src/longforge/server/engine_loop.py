@@ -273,6 +273,8 @@ class EngineLoop:
     def _deliver(self, events: Sequence[TokenEvent | RequestFailed]) -> None:
         news: list[Generation] = []
         now = time.perf_counter()
+        for name, let_in in self.engine.let_in.items():
+            self._generations[name].let_in = let_in
         for event in events:
             generation = self._generations[event.request_id]
             generation.take(event, now)

@@ -22,7 +22,7 @@ class Generation:
         self.eager = eager
         self.opened = time.perf_counter()
         self.let_in: float | None = None
-        """When the scheduler first let it in, known from the first token on; the same clock."""
+        """When the scheduler first let it in, once it has; the same clock."""
         self.arrivals: list[float] = []
         """When each token came, in seconds of `time.perf_counter`; the last may still be on its way to the
         reader."""
@@ -39,7 +39,6 @@ class Generation:
             return
         self._events.append(event)
         self.arrivals.append(now)
-        self.let_in = event.let_in
         self.ended = event.stop_reason is not None
 
     def fail(self, error: LongforgeError) -> None:

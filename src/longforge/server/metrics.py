@@ -92,12 +92,12 @@ class Metrics:
     def observe(self, observed: Observed) -> None:
         """Counts an answer that is over."""
         self._finished.labels(self._model_name, observed.outcome).inc()
+        if observed.let_in is not None:
+            self._queue.observe(observed.let_in - observed.opened)
         arrivals = observed.arrivals
         if not arrivals:
             return
         self._first.observe(arrivals[0] - observed.opened)
-        if observed.let_in is not None:
-            self._queue.observe(observed.let_in - observed.opened)
         for before, after in itertools.pairwise(arrivals):
             self._between.observe(after - before)
         if observed.outcome in ("stop", "length"):

@@ -16,7 +16,7 @@ class Observed:
     arrivals: tuple[float, ...]
     """When each token came."""
     let_in: float | None = None
-    """When the scheduler first let it in; None: unknown, as no token came."""
+    """When the scheduler first let it in; None: it never was."""
 
 
 Observer = Callable[[Observed], None]
