@@ -59,7 +59,7 @@ def _compare_tails(subject: Subject, found: Comparison, prompt: tuple[int, ...])
     middle = max(1, len(prompt) // 2)
     for start, end in ((0, middle), (middle, len(prompt))):
         if end > start:
-            runner.run([Stretch(sequence, start, sequence.ids[start:end])])
+            runner.run([Stretch(sequence, start, sequence.ids[start:end].tolist())])
     kept = torch.cat([runner.tail(page) for page in range(len(ends))])
     expected = _whole(subject, prompt)[ends.to(kept.device)]
     off = float((kept.double() - expected.double()).abs().max())
@@ -78,10 +78,10 @@ def verify_equals_decode(subject: Subject) -> Check:
     ways: list[Tensor] = []
     for size in (CHAIN, 1):
         runner, sequence = _bare(subject, path, pages)
-        runner.run([Stretch(sequence, 0, sequence.ids[: len(prompt)])])
+        runner.run([Stretch(sequence, 0, sequence.ids[: len(prompt)].tolist())])
         rows = []
         for start in range(len(prompt), len(path), size):
-            hidden = runner.run([Stretch(sequence, start, sequence.ids[start : start + size])])
+            hidden = runner.run([Stretch(sequence, start, sequence.ids[start : start + size].tolist())])
             rows.append(runner.logits(hidden).double().log_softmax(dim=-1))
         ways.append(torch.cat(rows))
     # What is all but impossible is not compared: its log-probability is a difference of large numbers.
