@@ -77,9 +77,9 @@ def any_tenant(patch: Patch) -> None:
 
 def skipped_token(patch: Patch) -> None:
     def make(take: Any) -> Any:
-        def broken(self: Results, work: Any, *rest: Any) -> Any:
-            taken = take(self, work, *rest)
-            for item in work:
+        def broken(self: Results, spans: Any, *rest: Any) -> Any:
+            taken = take(self, spans, *rest)
+            for item, *_ in spans:
                 item.sequence.computed += not item.samples  # between two chunks of a prompt
             return taken
 
@@ -90,8 +90,8 @@ def skipped_token(patch: Patch) -> None:
 
 def mixed_rows(patch: Patch) -> None:
     def make(run: Any) -> Any:
-        def broken(self: Runner, stretches: Any, blocks: Any = None) -> Tensor:
-            hidden = run(self, stretches, blocks)
+        def broken(self: Runner, stretches: Any, *rest: Any) -> Tensor:
+            hidden = run(self, stretches, *rest)
             return hidden.roll(1, 0) if len(stretches) > 3 else hidden
 
         return broken
@@ -237,8 +237,8 @@ def test_a_pass_over_several_tokens_that_is_off_is_seen_without_drafts(subject: 
     subject.model = CausalLM(replace(small_config(max_positions=1024), mtp_modules=0)).eval()
 
     def make(run: Any) -> Any:
-        def broken(self: Runner, stretches: Any, blocks: Any = None) -> Tensor:
-            hidden = run(self, stretches, blocks)
+        def broken(self: Runner, stretches: Any, *rest: Any) -> Tensor:
+            hidden = run(self, stretches, *rest)
             one = stretches[0]
             chain = len(stretches) == 1 and len(one.ids) == CHAIN and one.start % self.block_size
             return hidden * 1.01 if chain else hidden
