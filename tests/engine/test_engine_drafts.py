@@ -10,8 +10,10 @@ import torch
 from longforge.engine import Engine, GenerationRequest, TokenEvent
 from longforge.engine.draft_costs import PLAIN
 from longforge.engine.draft_length import DraftCosts, best_length, expected_tokens
+from longforge.engine.drafts import LOOKS, RETRY_EVERY, Drafter
 from longforge.engine.grammar import Grammars
 from longforge.engine.runner import Runner, Stretch
+from longforge.engine.scheduler import Work
 from longforge.engine.sequence import Sequence
 from longforge.errors import InputError
 from longforge.model import CausalLM, shipped
@@ -144,6 +146,44 @@ def test_who_guesses_badly_stops_guessing_and_tries_again_now_and_then():
     one(engine, tokens(5, 1), SamplingParams(max_tokens=300, temperature=1.0, seed=1))
     stats = engine.stats()
     assert 5 < stats.drafts < 60
+
+
+def test_a_disturbed_step_does_not_end_a_number_of_guesses_for_good():
+    drafter = Drafter(one_runner(), 3, DraftCosts(), observe=True)
+
+    def step(guesses: int, seconds: float) -> None:
+        sequence = running(guesses)
+        drafter.saw([Work(sequence, 1, sequence.drafts, True)], seconds)
+
+    for _ in range(LOOKS + 2):
+        for guesses, seconds in ((0, 1.0), (2, 1.7), (3, 2.0)):
+            step(guesses, seconds)
+    assert chosen(drafter, 40).count(3) >= 35  # four tokens in 2.0 are worth more than three in 1.7
+    for _ in range(12):
+        step(3, 8.0)  # somebody else's minute
+    after = chosen(drafter, 3 * RETRY_EVERY)
+    assert 2 in after and 3 in after
+    for _ in range(12):
+        step(3, 2.0)
+    assert chosen(drafter, 40).count(3) >= 35
+
+
+def one_runner() -> Runner:
+    return Runner(small_model(), pages=4, max_running=1, context=64, drafts=3)
+
+
+def running(guesses: int) -> Sequence:
+    """A request that generates, whose guesses have always been right."""
+    sequence = Sequence(GenerationRequest("one", (1, 2)), limit=100, seed=0, arrival=0)
+    sequence.append(3)
+    sequence.drafts = (1,) * guesses
+    sequence.drafting.acceptance = 1.0
+    return sequence
+
+
+def chosen(drafter: Drafter, requests: int) -> list[int]:
+    """The first number of guesses for each of so many requests, alone."""
+    return [drafter._length(running(0), 1) for _ in range(requests)]
 
 
 def test_drafted_events_come_in_order_and_the_last_one_ends_the_request():

@@ -31,8 +31,13 @@ JUDGE_EVERY = 4
 LOOKS = 4
 """Answers' steps without guesses that are looked at, for each size of a batch."""
 
-SEEN_RATE = 0.1
-"""Weight of the newest step in the running estimate of what one takes."""
+FASTER, SLOWER = 0.3, 0.05
+"""Weight of the newest step in the running estimate of what one takes, by what it was. The estimate stays
+near the lower quartile: what disturbs a step makes it slower."""
+
+RETRY_EVERY = 8
+"""Judgements, of any request, after which the largest number of guesses is tried: what once seemed slow would
+not be seen again."""
 
 PROBE_TOKENS = 32
 """A request that drafts nothing tries one token again after so many."""
@@ -55,6 +60,7 @@ class Drafter:
         """Those that were there once."""
         self._looks: dict[int, int] = {}
         """Looks at steps without guesses so far, by requests."""
+        self._judgements = 0
 
     def saw(self, work: Seq[Work], seconds: float) -> None:
         """A whole step took so long. It tells something where all its requests did the same: generate, and
@@ -67,7 +73,8 @@ class Drafter:
                 self._begun.add(key)  # the first of a kind may have compiled something
                 return
             before = self._seen.get(key, seconds)
-            self._seen[key] = before + SEEN_RATE * (min(seconds, 2 * before) - before)
+            rate = FASTER if seconds < before else SLOWER
+            self._seen[key] = before + rate * (min(seconds, 2 * before) - before)
 
     def forget(self) -> None:
         """Steps seen so far do not count."""
@@ -150,11 +157,15 @@ class Drafter:
             return 0
         state = sequence.drafting
         most = min(self.most, sequence.limit - sequence.known - 1)
-        if state.judged != (batch, state.verified // JUDGE_EVERY):
-            state.judged = (batch, state.verified // JUDGE_EVERY)
+        judgement = state.verified // JUDGE_EVERY
+        if state.judged != (batch, judgement):
+            state.judged = (batch, judgement)
             state.length = best_length(
                 state.acceptance, lambda length: self._seconds(batch, length), self.most
             )
+            self._judgements += 1
+            if self._observe and state.length and self._judgements % RETRY_EVERY == 0:
+                state.length = self.most
         length = min(state.length, most)
         if self._observe and state.verified > JUDGE_EVERY and self._looks.get(batch, 0) < LOOKS:
             self._looks[batch] = self._looks.get(batch, 0) + 1
