@@ -18,16 +18,20 @@ import pytest
 
 from longforge.engine.drafts import PROBE_TOKENS
 from longforge.model import CausalLM
+from slow_steps import SLOW_STEPS
 from small_model import small_config, small_tokenizer
 from small_server import HTTP
 
 
 @contextmanager
-def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serve_process(
+    folder: Path, *options: str, before: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """before: Python that the process runs first."""
+    code = f"{before}\nfrom longforge.cli import main\nmain()"
     command = [
         sys.executable,
-        "-m",
-        "longforge.cli",
+        *(("-c", code) if before else ("-m", "longforge.cli")),
         "serve",
         str(folder),
         "--threads",
@@ -50,7 +54,7 @@ def serve_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Pope
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_stop_and_leaves_quietly(folder: Path, ending: signal.Signals):
-    with serve_process(folder, "--name", "mine", "--drain-seconds", "0") as (process, url):
+    with serve_process(folder, "--name", "mine", "--drain-seconds", "0", before=SLOW_STEPS) as (process, url):
         assert HTTP.get(f"{url}/models").json()["data"][0]["id"] == "mine"
         # An answer that would take long is under way when the signal comes.
         body = {"model": "mine", "prompt": [1], "max_tokens": 1000, "temperature": 0}

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from load_server import eventually, idle, serving
-from longforge.engine import Engine
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.page_mover import TierSettings
 from longforge.server.engine_loop import EngineLoop
+from slow_steps import SlowEngine
 from small_server import HTTP
 
 LONG = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 900, "temperature": 0, "ignore_eos": True}
 FREE = DraftCosts(rows=(1, 64), step=(1.0, 1.0), draft=(0.0, 0.0))
 
 
-class StepByStep(Engine):
+class StepByStep(SlowEngine):
     """Remembers what was held after each cancellation."""
 
     held: list[int]

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serve_process import longforge_serve
+from slow_steps import SLOW_STEPS
 from small_model import write_small_checkpoint
 from small_server import HTTP
 
@@ -27,7 +28,7 @@ def events(lines: Iterator[str]) -> list[Any]:
 
 
 def test_the_first_signal_lets_an_open_answer_end_and_takes_no_other(folder: Path):
-    with longforge_serve(folder, "--drain-seconds", "100") as (process, url):
+    with longforge_serve(folder, "--drain-seconds", "100", before=SLOW_STEPS) as (process, url):
         body = {**LONG, "max_tokens": 400}
         with HTTP.stream("POST", f"{url}/v1/completions", json=body) as reply:
             lines = reply.iter_lines()
@@ -47,7 +48,7 @@ def test_the_first_signal_lets_an_open_answer_end_and_takes_no_other(folder: Pat
 def test_when_time_is_up_or_at_the_second_signal_open_answers_end_with_an_error(
     folder: Path, seconds: str, signals: int
 ):
-    with longforge_serve(folder, "--drain-seconds", seconds) as (process, url):
+    with longforge_serve(folder, "--drain-seconds", seconds, before=SLOW_STEPS) as (process, url):
         with HTTP.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 8000}) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -75,7 +76,7 @@ def test_keys_from_a_file_guard_a_server(folder: Path, tmp_path: Path):
 
 
 def test_without_a_limit_draining_ends_when_the_last_answer_does(folder: Path):
-    with longforge_serve(folder, "--drain-seconds", "inf") as (process, url):
+    with longforge_serve(folder, "--drain-seconds", "inf", before=SLOW_STEPS) as (process, url):
         with HTTP.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
             lines = reply.iter_lines()
             next(lines)

@@ -9,10 +9,10 @@ from typing import Any
 import openai
 import pytest
 
-from longforge.engine import Engine
 from longforge.server.app import create_app
 from longforge.server.engine_loop import EngineLoop
 from longforge.server.running import BackgroundServer
+from slow_steps import SlowEngine
 from small_model import small_model, small_tokenizer
 from small_server import HTTP
 
@@ -20,7 +20,7 @@ LONG = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 900, "temperature":
 
 
 def server(**limits: int) -> tuple[EngineLoop, BackgroundServer]:
-    engine = Engine(small_model(max_positions=1024), pages=300, max_running=2)
+    engine = SlowEngine(small_model(max_positions=1024), pages=300, max_running=2)
     loop = EngineLoop(engine, threads=1, **limits)
     return loop, BackgroundServer(create_app(loop, small_tokenizer(), "small"), on_stop=loop.stop)
 

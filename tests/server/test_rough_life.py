@@ -15,6 +15,7 @@ import pytest
 from load_clients import COMPLETIONS, Client, events, said
 from load_server import eventually
 from serve_process import longforge_serve
+from slow_steps import SLOW_STEPS
 from small_model import write_small_checkpoint
 from small_server import HTTP
 
@@ -118,8 +119,9 @@ def busy(url: str, requests: int) -> bool:
 
 
 def test_at_sigterm_fifty_open_streams_end_whole(folder: Path):
-    with longforge_serve(folder, "--drain-seconds", "200", "--max-running", "64") as (process, url):
-        reader, clients = many(url, 50, 120)
+    crowd = ("--drain-seconds", "200", "--max-running", "64")
+    with longforge_serve(folder, *crowd, before=SLOW_STEPS) as (process, url):
+        reader, clients = many(url, 50, 300)
         assert eventually(lambda: busy(url, 50))
         process.send_signal(signal.SIGTERM)
         assert eventually(lambda: HTTP.get(f"{url}/ready").status_code == 503)
@@ -132,7 +134,8 @@ def test_at_sigterm_fifty_open_streams_end_whole(folder: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_twice_ends_fifty_streams_with_an_error_each(folder: Path):
-    with longforge_serve(folder, "--drain-seconds", "1000", "--max-running", "64") as (process, url):
+    crowd = ("--drain-seconds", "1000", "--max-running", "64")
+    with longforge_serve(folder, *crowd, before=SLOW_STEPS) as (process, url):
         reader, clients = many(url, 50, 8000)
         assert eventually(lambda: busy(url, 50))
         process.send_signal(signal.SIGINT)
@@ -147,7 +150,7 @@ def test_ctrl_c_twice_ends_fifty_streams_with_an_error_each(folder: Path):
 
 @pytest.mark.slow
 def test_a_server_that_is_stopped_and_continued_goes_on_where_it_was(folder: Path):
-    with longforge_serve(folder) as (process, url):
+    with longforge_serve(folder, before=SLOW_STEPS) as (process, url):
         alone = answer(url, [1, 2, 3], 150)
         reader, clients = many(url, 5, 150)
         assert eventually(lambda: busy(url, 5))
