@@ -12,38 +12,31 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
+from longforge.kernels.few_tokens.vectors import F32, FLOATS, I32, I64, LANES, data_of, fma, load, splat
+
 __all__ = ["add_rows", "norm_lanes", "rotate_lanes"]
 
 intrinsic: Any = numba_intrinsic  # compiled callers leave out the typing context, which checkers cannot know
 
-LANES = 16
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-FLOATS = ir.VectorType(F32, LANES)
 EIGHT = ir.VectorType(F32, 8)
-
-
-def _data(context, builder, signature, args, i):
-    return context.make_array(signature.args[i])(context, builder, args[i]).data
+ZEROS = ir.Constant(FLOATS, [ir.Constant(F32, 0.0)] * LANES)
 
 
 def _place(builder, base, at, kind=FLOATS):
     return builder.bitcast(builder.gep(base, [at]), ir.PointerType(kind))
 
 
-def _load(builder, base, at, kind=FLOATS):
-    return builder.load(_place(builder, base, at, kind), align=4)
+def _load(builder, base, at):
+    return load(builder, base, at, half=False)
 
 
-def _splat(builder, value):
-    undefined = ir.Constant(FLOATS, ir.Undefined)
-    one = builder.insert_element(undefined, value, I32(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+def _load_eight(builder, base, at):
+    return builder.load(_place(builder, base, at, EIGHT), align=4)
 
 
-def _call(builder, name, kind, *values):
-    signature = ir.FunctionType(kind, [value.type for value in values])
-    found = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    return builder.call(found, values)
+def _root(builder, x):
+    kind, name = ir.FunctionType(F32, [F32]), "llvm.sqrt.f32"
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [x])
 
 
 def _sum_of_lanes(builder, vector):
@@ -68,17 +61,17 @@ def norm_lanes(typingctx, x, x0, scale, s0, eps, out, o0, count):
     sig = types.void(x, n, scale, n, types.float32, out, n, n)
 
     def codegen(context, builder, signature, args):
-        x, scale, out = (_data(context, builder, signature, args, i) for i in (0, 2, 5))
+        x, scale, out = (data_of(context, builder, signature, args, i) for i in (0, 2, 5))
         _, x0, _, s0, eps, _, o0, count = args
         steps = builder.sdiv(count, I64(LANES))
-        squares = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [ir.Constant(F32, 0.0)] * LANES))
+        squares = cgutils.alloca_once_value(builder, ZEROS)
         with cgutils.for_range(builder, steps) as loop:
             value = _load(builder, x, builder.add(x0, builder.mul(loop.index, I64(LANES))))
-            total = _call(builder, "llvm.fma.v16f32", FLOATS, value, value, builder.load(squares))
+            total = fma(builder, value, value, builder.load(squares))
             builder.store(total, squares)
         mean = builder.fdiv(_sum_of_lanes(builder, builder.load(squares)), builder.sitofp(count, F32))
-        root = _call(builder, "llvm.sqrt.f32", F32, builder.fadd(mean, eps))
-        share = _splat(builder, builder.fdiv(ir.Constant(F32, 1.0), root))
+        root = _root(builder, builder.fadd(mean, eps))
+        share = splat(builder, builder.fdiv(ir.Constant(F32, 1.0), root))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.mul(loop.index, I64(LANES))
             value = builder.fmul(_load(builder, x, builder.add(x0, at)), share)
@@ -96,14 +89,14 @@ def rotate_lanes(typingctx, x, x0, half, cos, sin):
     sig = types.void(x, n, n, cos, sin)
 
     def codegen(context, builder, signature, args):
-        x, cos, sin = (_data(context, builder, signature, args, i) for i in (0, 3, 4))
+        x, cos, sin = (data_of(context, builder, signature, args, i) for i in (0, 3, 4))
         _, x0, half, _, _ = args
         with cgutils.for_range(builder, builder.sdiv(half, I64(8))) as loop:
             at = builder.mul(loop.index, I64(8))
             first = builder.add(x0, at)
             second = builder.add(first, half)
-            a, b = _load(builder, x, first, EIGHT), _load(builder, x, second, EIGHT)
-            c, s = _load(builder, cos, at, EIGHT), _load(builder, sin, at, EIGHT)
+            a, b = _load_eight(builder, x, first), _load_eight(builder, x, second)
+            c, s = _load_eight(builder, cos, at), _load_eight(builder, sin, at)
             turned = builder.fsub(builder.fmul(a, c), builder.fmul(b, s))
             builder.store(turned, _place(builder, x, first, EIGHT), align=4)
             turned = builder.fadd(builder.fmul(b, c), builder.fmul(a, s))
@@ -121,15 +114,15 @@ def add_rows(typingctx, x, rows, r0, row, chosen, shared, weights, count):
     sig = types.void(x, rows, n, n, n, n, weights, n)
 
     def codegen(context, builder, signature, args):
-        x, rows, weights = (_data(context, builder, signature, args, i) for i in (0, 1, 6))
+        x, rows, weights = (data_of(context, builder, signature, args, i) for i in (0, 1, 6))
         _, _, r0, row, chosen, shared, _, count = args
         total = cgutils.alloca_once(builder, FLOATS)
         with cgutils.for_range(builder, builder.sdiv(count, I64(LANES))) as loop:
             at = builder.mul(loop.index, I64(LANES))
-            builder.store(ir.Constant(FLOATS, [ir.Constant(F32, 0.0)] * LANES), total)
+            builder.store(ZEROS, total)
             with cgutils.for_range(builder, chosen) as choice:
                 place = builder.add(builder.add(r0, builder.mul(choice.index, row)), at)
-                weight = _splat(builder, builder.load(builder.gep(weights, [choice.index])))
+                weight = splat(builder, builder.load(builder.gep(weights, [choice.index])))
                 value = builder.fmul(weight, _load(builder, rows, place))
                 builder.store(builder.fadd(builder.load(total), value), total)
             with builder.if_then(builder.icmp_signed(">=", shared, I64(0))):
