@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 
 from load_server import eventually, idle, serving
+from longforge.chat import Tokenizer
+from longforge.chat.tokenizer import LONG_TEXT
 from longforge.engine.draft_length import DraftCosts
 from longforge.engine.page_mover import TierSettings
 from longforge.server.engine_loop import EngineLoop
 from slow_steps import SlowEngine
+from small_model import small_model
 from small_server import HTTP
 
 LONG = {"model": "small", "prompt": [1, 2, 3], "max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -79,6 +83,30 @@ def test_whoever_hangs_up_holds_nothing_any_more(stage: str, stream: bool):
         assert loop.stats().finished == 0 and loop.failure is None
         alone = HTTP.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 5}).json()
         assert alone["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_hangs_up_while_a_long_text_is_encoded_holds_nothing_any_more(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+):
+    begun, gone = threading.Event(), threading.Event()
+
+    def encode(self: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+        begun.set()
+        assert gone.wait(60)
+        return [1, 2, 3]
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with watched(model=small_model(max_positions=LONG_TEXT)) as (loop, url):
+        with hung_up(url, LONG | {"prompt": "a" * LONG_TEXT, "stream": stream}, begun.is_set):
+            pass
+        other = HTTP.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 5})
+        assert other.status_code == 200, "the others' answers go on meanwhile"
+        loop.pause()  # so that it cannot be done before it is known that nobody waits for it
+        gone.set()
+        assert eventually(lambda: loop.stats().cancelled == 1)
+        assert eventually(lambda: idle(loop))
+        assert loop.stats().finished == 1 and loop.failure is None
 
 
 def test_what_a_tenant_computes_does_not_depend_on_what_another_sent():

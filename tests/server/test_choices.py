@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from longforge.errors import InputError
 from longforge.server.choices import all_of, merged, open_all
@@ -17,13 +18,14 @@ class Answer:
         self.closed = True
 
 
-def test_when_one_is_refused_the_others_are_closed():
+@pytest.mark.parametrize("error", [InputError("no"), HTTPException(403), RuntimeError("a bug")])
+def test_when_one_is_refused_the_others_are_closed(error: Exception):
     first = Answer()
 
     def refused() -> Answer:
-        raise InputError("no")
+        raise error
 
-    with pytest.raises(InputError):
+    with pytest.raises(type(error)):
         open_all([lambda: first, refused])
     assert first.closed
 

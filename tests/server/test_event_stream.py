@@ -1,5 +1,6 @@
 """Streams that wait, on either side: for the first token, and for a reader who takes nothing."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,9 +12,10 @@ import anthropic
 import openai
 import pytest
 from fastapi import FastAPI, Response
+from starlette.types import Message
 
 from load_server import eventually, serving
-from longforge.server.event_stream import EventStream, Patience
+from longforge.server.event_stream import PIECE, WAITING, EventStream, Patience
 from longforge.server.running import BackgroundServer
 from small_server import HTTP
 
@@ -105,15 +107,57 @@ def test_a_stream_nobody_takes_is_closed_and_one_that_is_read_goes_on(silence: f
 
     app = FastAPI()
 
-    @app.post("/{count}")
-    async def stream(count: int) -> Response:
-        return EventStream(events(count), lambda: closed.append(str(count)), Patience(silence, stall=0.5))
+    @app.post("/{count}/{stall}")
+    async def stream(count: int, stall: float) -> Response:
+        return EventStream(events(count), lambda: closed.append(str(count)), Patience(silence, stall))
 
     with BackgroundServer(app) as server:
-        with deaf_reader(server.url, "/1000", {}):
+        with deaf_reader(server.url, "/1000/0.5", {}):
             assert eventually(lambda: closed == ["1000"])
-        with deaf_reader(server.url, "/99", {}) as client:
-            got = b""
-            while b"\r\n0\r\n\r\n" not in got[-100:] and (more := client.recv(1_000_000)):
+        got = bytearray()
+        with deaf_reader(server.url, "/99/60", {}) as client:
+            while not got.endswith(b"\r\n0\r\n\r\n") and (more := client.recv(1_000_000)):
                 got += more
     assert got.count(b"data: ") == 99
+
+
+def bodies(stream: EventStream, seconds_each: float = 0) -> list[bytes]:
+    """What a stream sends where each write takes so long."""
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(seconds_each)
+        sent.append(message.get("body", b""))
+
+    asyncio.run(asyncio.wait_for(stream.stream_response(send), 60))
+    return sent
+
+
+def test_parts_of_an_answer_with_nothing_to_read_are_no_signs_of_life():
+    """Half a tag, thinking that is hidden: the connection would be silent for as long as they come."""
+    signs = list[bytes]()
+
+    async def events() -> AsyncIterator[bytes]:
+        while not signs:
+            yield b""
+            await asyncio.sleep(0)
+        yield b"data: 1\n\n"
+
+    def sign() -> bytes:
+        signs.append(WAITING)
+        return WAITING
+
+    sent = bodies(EventStream(events(), lambda: None, Patience(silence=0.05), sign))
+    assert b"".join(sent) == b"".join(signs) + b"data: 1\n\n"
+
+
+def test_a_large_event_goes_out_in_pieces_without_signs_of_life_between():
+    """Who reads it slowly makes room for a piece at a time, though not for all of it within the patience."""
+    event = b"data: " + bytes(range(32, 127)) * 10_000 + b"\n\n"
+
+    async def events() -> AsyncIterator[bytes]:
+        yield event
+
+    sent = bodies(EventStream(events(), lambda: None, Patience(silence=0.001)), seconds_each=0.01)
+    assert max(map(len, sent)) <= PIECE
+    assert event in b"".join(sent)

@@ -47,10 +47,8 @@ def test_what_is_too_much_is_a_429_that_may_be_tried_again(
 ):
     loop, running = server(**limits)
     with running:
-        with HTTP.stream("POST", f"{running.url}/v1/completions", json={**LONG, "stream": True}) as reply:
-            lines = reply.iter_lines()  # kept: a generator that is thrown away closes the connection
-            next(lines)
-            loop.pause()
+        loop.pause()  # so that the first one cannot be done before the others ask
+        with HTTP.stream("POST", f"{running.url}/v1/completions", json={**LONG, "stream": True}):
             refused = HTTP.post(f"{running.url}/v1/completions", json={**LONG, **fields})
             assert refused.status_code == 429 and words in refused.json()["error"]["message"]
             assert int(refused.headers["retry-after"]) >= 1

@@ -44,6 +44,17 @@ def small_server() -> tuple[EngineLoop, BackgroundServer]:
     return loop, BackgroundServer(create_app(loop, small_tokenizer(), "small"), on_stop=loop.stop)
 
 
+def pause_after_a_step(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer has its first token and cannot be done before the test goes on."""
+    step = loop.engine.step
+
+    def one_step() -> Any:
+        loop.pause()
+        return step()
+
+    monkeypatch.setattr(loop.engine, "step", one_step)
+
+
 def test_health_and_models_tell_what_is_served(served: Any):
     health = HTTP.get(f"{served.url}/health").json()
     assert health["status"] == "ok" and health["context"] == 1024
@@ -54,21 +65,30 @@ def test_health_and_models_tell_what_is_served(served: Any):
     assert HTTP.get(f"{served.url}/nowhere").json()["error"]["type"] == "not_found_error"
 
 
-def test_a_client_that_drops_its_stream_gives_the_pages_back(served: Any):
+def test_a_client_that_drops_its_stream_gives_the_pages_back(served: Any, monkeypatch: pytest.MonkeyPatch):
     before = served.loop.stats().cancelled
-    with HTTP.stream("POST", f"{served.url}/v1/completions", json={**LONG, "stream": True}) as reply:
-        next(reply.iter_lines())
-        assert not idle(served.loop)
-    assert eventually(lambda: idle(served.loop))
-    assert served.loop.stats().cancelled == before + 1
+    pause_after_a_step(served.loop, monkeypatch)
+    try:
+        with HTTP.stream("POST", f"{served.url}/v1/completions", json={**LONG, "stream": True}) as reply:
+            lines = reply.iter_lines()  # kept: a generator that is thrown away closes the connection
+            next(lines)
+            assert not idle(served.loop)
+        assert eventually(lambda: idle(served.loop))
+        assert served.loop.stats().cancelled == before + 1
+    finally:
+        served.loop.resume()
 
 
 def test_a_client_that_hangs_up_while_waiting_gives_the_pages_back(served: Any):
     before = served.loop.stats().cancelled
-    with pytest.raises(httpx.ReadTimeout):
-        HTTP.post(f"{served.url}/v1/completions", json=LONG, timeout=httpx.Timeout(60, read=0.05))
-    assert eventually(lambda: served.loop.stats().cancelled == before + 1)
-    assert eventually(lambda: idle(served.loop))
+    served.loop.pause()  # so that it cannot be done before the client has gone
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            HTTP.post(f"{served.url}/v1/completions", json=LONG, timeout=httpx.Timeout(60, read=0.05))
+        assert eventually(lambda: served.loop.stats().cancelled == before + 1)
+        assert eventually(lambda: idle(served.loop))
+    finally:
+        served.loop.resume()
 
 
 def test_new_weights_are_active_when_the_answer_comes(tmp_path: Path):
@@ -135,8 +155,9 @@ def test_weights_are_for_this_machine_only():
     assert asyncio.run(from_afar()).status_code == 403
 
 
-def test_stopping_ends_open_answers_with_an_error_and_no_hang():
+def test_stopping_ends_open_answers_with_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch):
     loop, server = small_server()
+    pause_after_a_step(loop, monkeypatch)
     with server:
         with HTTP.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}) as reply:
             lines = reply.iter_lines()

@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from longforge.errors import LongforgeError
-
 __all__ = ["Closable", "all_of", "close_all", "merged", "open_all"]
 
 T = TypeVar("T")
@@ -28,7 +26,7 @@ def open_all(openers: Sequence[Callable[[], C]]) -> list[C]:
     try:
         for opener in openers:
             opened.append(opener())
-    except LongforgeError:
+    except BaseException:
         close_all(opened)
         raise
     return opened

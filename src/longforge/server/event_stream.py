@@ -13,6 +13,10 @@ __all__ = ["EventStream", "Patience"]
 WAITING = b": waiting\n\n"
 """A comment, which every client skips."""
 
+PIECE = 2**16
+"""Most bytes of a write. There is no room for the next one before nearly all of a write was taken: of a long
+one, a slow reader would pass for one who takes nothing."""
+
 BURST = 4
 """Writes after which the event loop gets a turn: only then does it tell that the connection was lost."""
 
@@ -87,33 +91,50 @@ class EventStream(StreamingResponse):
             else:
                 sign: Message = {"type": "http.response.body", "body": self._sign(), "more_body": True}
                 try:
-                    await asyncio.wait_for(writes.send(sign), stall)
+                    async with asyncio.timeout(stall):  # no task of its own, which might write too late
+                        await writes.send(sign)
                 except TimeoutError:
                     return
 
 
 class _Writes:
-    """What is sent, and since when it is or nothing is."""
+    """What is sent, one part after the other, and since when it is or nothing is."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._turn = asyncio.Lock()  # no sign of life between the pieces of an event
         self._now = asyncio.get_running_loop().time
         self._since = self._now()
         self._count = 0
-        self.pending = False
+
+    @property
+    def pending(self) -> bool:
         """Whether a write waits for its reader."""
+        return self._turn.locked()
 
     def seconds(self) -> float:
         """How long the present write has waited, or how long ago the last one ended."""
         return self._now() - self._since
 
     async def send(self, message: Message) -> None:
-        """Sends a part of the reply."""
-        self.pending, self._since = True, self._now()
+        """Sends a part of the reply, a large one in pieces; of one without bytes nothing, so that it is no
+        sign of life."""
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if more and not body:
+            return
+        async with self._turn:
+            if not more or len(body) <= PIECE:
+                await self._write(message)
+                return
+            for start in range(0, len(body), PIECE):
+                await self._write({**message, "body": body[start : start + PIECE]})
+
+    async def _write(self, message: Message) -> None:
+        self._since = self._now()
         try:
             await self._send(message)
         finally:
-            self.pending, self._since = False, self._now()
+            self._since = self._now()
         self._count += 1
         if self._count % BURST == 0:
             await asyncio.sleep(0)
