@@ -95,7 +95,7 @@ split_rows(np.zeros(64, np.uint16), np.ones(32, np.float32), 32, np.arange(1), 1
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names an x86 processor")
 def test_a_processor_that_knows_no_bf16_can_compile_what_it_will_not_use():
     """Rounding to bf16 there would be a call of a function that nobody links: the process dies of it."""
-    others = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    others = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "LONGFORGE_CPU_TILES": ""}
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_BF16], env=os.environ | others, capture_output=True, text=True
     )
