@@ -106,7 +106,7 @@ class FileTier:
         if self._reading.reason:
             return False
         try:
-            found = os.stat(self._folder.path_of(name), follow_symlinks=False)  # noqa: PTH116 - a plain string
+            found = os.stat(self._folder.path_of(name), follow_symlinks=False)  # noqa: PTH116 - plain strings, as in folder.py
         except OSError as error:
             if error.errno not in _ABSENT:
                 self._reading.failed(error)

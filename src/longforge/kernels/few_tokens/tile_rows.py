@@ -112,7 +112,8 @@ def split_rows(halves, x, x_row, of, count, inner):
 def multiply_halves(out, o, o_row, to, count, halves, w, w0, rows, inner, sums):
     """out[o + to[j] * o_row + r] = row r of the panels at w0 . row j that was split; r < rows, j < count.
 
-    Flat arrays; rows a multiple of 16, inner of 32. Between begin_tiles and end_tiles.
+    Flat arrays; rows a multiple of 16, inner of 32. Between begin_tiles and end_tiles. For compiled code:
+    numba takes the body from the overload below.
     """
     raise NotImplementedError("compiled code only")
 
